@@ -1,0 +1,158 @@
+"""What crosses between rooms, processes and the disk: plain, frozen, standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sweep.study.arms import Arm
+
+SEARCH, CONFIRM = "search", "confirm"
+# States in which a trial's journal may end.
+COMPLETE, PRUNED, DIVERGED, FAILED = "complete", "pruned", "diverged", "failed"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the examples come from; the study file's `data`."""
+
+    source: str
+    max_length: int
+    validation: float | str
+    test: float | str
+    text: str = "text"
+    label: str = "label"
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    split: str = "train"
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How every trial trains; the study file's `train`."""
+
+    steps: int
+    batch_size: int
+    warmup: float = 0.1  # share of the steps
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # largest gradient norm of a trial; None: no clipping
+    dropout: float = 0.0
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all trials of a study share: with it and a checkpoint any worker can take a trial up."""
+
+    model: str
+    task: str
+    data: DataSettings
+    train: TrainSettings
+    split_seed: int  # decides which rows are training, validation and test
+    cache: str  # folder for tokenised data and calibrations
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is found out about model, data and machine before the first trial. `precision` is never "auto"."""
+
+    rows: dict[str, int]  # rows of train, validation, test
+    duplicates_removed: int
+    data_fingerprint: str
+    labels: tuple[str, ...]  # empty for causal-lm
+    model_fingerprint: str
+    total_params: int
+    trainable_params: dict[str, int]  # by arm name, the head included
+    device: str
+    precision: str
+    attention: str
+    pack_size: int
+    calibration: tuple[dict[str, Any], ...] = ()  # the figures that decided precision, attention and pack size
+    tokens_per_step: float = 0.0  # mean tokens of one trial's batch, padding not counted
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """A trial: an arm, its learning rate and a seed. `number` is Optuna's, `folder` holds its journal and checkpoints."""
+
+    number: int
+    arm: Arm
+    learning_rate: float
+    seed: int
+    phase: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of work: the trials of one pack, over the steps start+1 … stop of one rung."""
+
+    setup: Setup
+    prepared: Prepared
+    trials: tuple[TrialSpec, ...]
+    start: int
+    stop: int
+    test: bool  # evaluate on the test split too (the last rung of the confirm phase)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one rung found for one trial. Its checkpoint lies on disk before this exists."""
+
+    number: int
+    start: int
+    stop: int
+    train_loss: tuple[float, ...]  # one a step, start+1 … stop; shorter when the trial diverged
+    eval_loss: float | None  # None when the trial diverged
+    eval_metrics: dict[str, float]  # eval_accuracy or eval_perplexity
+    test_metrics: dict[str, float]  # test_loss and the task's own; empty but at the end of confirm
+    checkpoint: str  # folder, relative to the trial's; "" when the trial diverged
+    diverged_at: int | None  # step of the first loss or gradient norm that is not finite
+    pack_size: int
+    pack_seconds: float  # wall time of the whole pack's rung: joint, never a trial's own
+    tokens: int  # of this trial in this rung, padding not counted
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A solo probe: the arm alone, in a fresh process, a few steps after warm-up. Bytes and seconds."""
+
+    cost_key: str
+    trainable_params: int
+    total_params: int
+    peak_memory_bytes: int
+    memory: dict[str, int]  # weights, gradients, optimizer, activations
+    step_time_s: float  # median
+    step_times_s: tuple[float, ...]
+    tokens_per_second: float
+    adapter_bytes: int
+    device: str
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A frozen record as JSON-ready values."""
+    return asdict(record)
+
+
+def arm_from_json(value: dict[str, Any]) -> Arm:
+    return Arm(**{**value, "target_modules": tuple(value["target_modules"])})
+
+
+def trial_from_json(value: dict[str, Any]) -> TrialSpec:
+    return TrialSpec(**{**value, "arm": arm_from_json(value["arm"])})
+
+
+def measurement_from_json(value: dict[str, Any]) -> Measurement:
+    return Measurement(**{**value, "train_loss": tuple(value["train_loss"])})
+
+
+def prepared_from_json(value: dict[str, Any]) -> Prepared:
+    return Prepared(**{**value, "labels": tuple(value["labels"]), "calibration": tuple(value["calibration"])})
+
+
+def cost_from_json(value: dict[str, Any]) -> Cost:
+    return Cost(**{**value, "step_times_s": tuple(value["step_times_s"])})

@@ -1,0 +1,214 @@
+"""The study file's schema: strict, every field with its meaning. Reading and error lines are in `file.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sweep.study.arms import ALL_LINEAR, Arm, full_arm, lora_arms
+from sweep.study.records import DataSettings, Setup, TrainSettings
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Task = Literal["sequence-classification", "causal-lm"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Data(Strict):
+    source: str = Field(min_length=1)
+    text: str = "text"
+    label: str = "label"
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    config: str | None = None  # a hub data set's configuration
+    split: str = "train"  # the split that training rows come from
+    max_length: Annotated[int, Field(ge=4)] = 128
+    validation: Fraction | str = 0.1
+    test: Fraction | str = 0.1
+
+    @model_validator(mode="after")
+    def _columns_go_together(self) -> Data:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion go together: name both columns or neither")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("name either messages, or prompt and completion")
+        fractions = [x for x in (self.validation, self.test) if isinstance(x, float)]
+        if sum(fractions) >= 0.9:
+            raise ValueError("validation and test together leave under a tenth of the rows for training")
+        return self
+
+
+class Arms(Strict):
+    rank: Annotated[list[Count], Field(min_length=1)]
+    alpha_ratio: Annotated[list[Positive], Field(min_length=1)]
+    method: Annotated[list[Literal["lora", "rslora"]], Field(min_length=1)] = ["lora"]
+    target_modules: Annotated[
+        list[Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]], Field(min_length=1)
+    ] = ["all-linear"]
+    full_finetuning: bool = True
+
+    @model_validator(mode="after")
+    def _no_arm_twice(self) -> Arms:
+        for name in ("rank", "alpha_ratio", "method", "target_modules"):
+            values = getattr(self, name)
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise ValueError(f"{name} holds a value twice: each combination is one arm")
+        return self
+
+
+class Range(Strict):
+    low: Positive
+    high: Positive
+    values: Count
+    log: bool = True
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> Range:
+        if self.low > self.high or (self.low == self.high and self.values > 1):
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        return self
+
+    def points(self) -> list[float]:
+        """`values` rates from low to high, both included; rounded to four digits so that they can be read and typed."""
+        if self.values == 1:
+            return [self.low]
+        shares = [i / (self.values - 1) for i in range(self.values)]
+        if self.log:
+            raw = [math.exp(math.log(self.low) + s * (math.log(self.high) - math.log(self.low))) for s in shares]
+        else:
+            raw = [self.low + s * (self.high - self.low) for s in shares]
+        return [float(f"{x:.4g}") for x in raw]
+
+
+Rates = Range | Annotated[list[Positive], Field(min_length=1)]
+
+
+class TuneFull(Strict):
+    learning_rate: Rates
+
+
+class Tune(Strict):
+    learning_rate: Rates
+    full_finetuning: TuneFull | None = None
+
+
+class Train(Strict):
+    steps: Count
+    batch_size: Count
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Positive | None = 1.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class Search(Strict):
+    sampler: Literal["grid", "tpe", "gp", "random", "qmc", "nsga2"] = "grid"
+    rungs: list[Count] = []
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _rungs_rise(self) -> Search:
+        if any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)):
+            raise ValueError(f"rungs must rise: {self.rungs}")
+        return self
+
+
+class Confirm(Strict):
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    finalists: Literal["rank", "arm"] = "rank"
+    reference: Count
+    epsilon: Positive
+
+
+class Study(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    question: str = ""
+    model: str = Field(min_length=1)
+    task: Task
+    data: Data
+    arms: Arms
+    tune: Tune
+    train: Train
+    search: Search = Search()
+    confirm: Confirm
+    storage: str | None = None  # any Optuna URL; default: sqlite in the home
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return tuple(self.search.rungs or [self.train.steps])
+
+    def list_arms(self) -> tuple[Arm, ...]:
+        modules = [(ALL_LINEAR,) if entry == ALL_LINEAR else tuple(entry) for entry in self.arms.target_modules]
+        arms = lora_arms(self.arms.rank, self.arms.alpha_ratio, list(self.arms.method), modules)
+        return (*arms, full_arm()) if self.arms.full_finetuning else arms
+
+    def rates(self, arm: Arm) -> Range | list[float]:
+        """The learning rates, or their range, that `arm` is tuned over."""
+        if arm.is_full and self.tune.full_finetuning is not None:
+            return self.tune.full_finetuning.learning_rate
+        return self.tune.learning_rate
+
+    def setup(self, cache: str) -> Setup:
+        return Setup(
+            model=self.model,
+            task=self.task,
+            data=DataSettings(**self.data.model_dump()),
+            train=TrainSettings(**self.train.model_dump()),
+            split_seed=self.search.seed,
+            cache=cache,
+        )
+
+
+def rate_values(rates: Range | list[float]) -> list[float]:
+    return rates.points() if isinstance(rates, Range) else list(rates)
+
+
+def cross_checks(sections: Mapping[str, BaseModel]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What no single section can see: yields (field path, message), from those sections that are well-formed."""
+    arms, tune, train = sections.get("arms"), sections.get("tune"), sections.get("train")
+    search, confirm = sections.get("search"), sections.get("confirm")
+    if isinstance(search, Search) and isinstance(train, Train) and search.rungs and search.rungs[-1] != train.steps:
+        yield (
+            ("search", "rungs"),
+            f"the last rung must be train.steps ({train.steps}), not {search.rungs[-1]}; set both",
+        )
+    if isinstance(confirm, Confirm):
+        if isinstance(arms, Arms) and confirm.reference not in arms.rank:
+            yield ("confirm", "reference"), f"rank {confirm.reference} is not among arms.rank {arms.rank}"
+        if isinstance(search, Search) and search.seed in confirm.seeds:
+            yield ("confirm", "seeds"), f"{search.seed} is search.seed: confirm seeds must be fresh"
+        if len(set(confirm.seeds)) < len(confirm.seeds):
+            yield ("confirm", "seeds"), "holds a seed twice"
+    if isinstance(tune, Tune):
+        if isinstance(arms, Arms) and arms.full_finetuning and tune.full_finetuning is None:
+            yield (
+                ("tune", "full_finetuning"),
+                "missing: full fine-tuning needs its own learning rates (about a tenth of LoRA's), "
+                "or set arms.full_finetuning: false",
+            )
+        if tune.full_finetuning is not None:
+            ours = len(rate_values(tune.learning_rate))
+            full = len(rate_values(tune.full_finetuning.learning_rate))
+            if ours != full:
+                yield (
+                    ("tune", "full_finetuning", "learning_rate"),
+                    f"has {full} values and tune.learning_rate {ours}: every arm gets the same number",
+                )
+        if isinstance(search, Search) and search.sampler != "grid":
+            both = [tune.learning_rate] + ([tune.full_finetuning.learning_rate] if tune.full_finetuning else [])
+            if not all(isinstance(rates, Range) for rates in both):
+                yield (
+                    ("tune", "learning_rate"),
+                    f"sampler {search.sampler} draws from a range: give low, high and values, or use sampler: grid",
+                )
