@@ -1,0 +1,112 @@
+"""The base model: loaded once a process, frozen, and asked which of its layers an arm adapts."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from sweep.lora.adapter import linear_modules
+from sweep.study.arms import ALL_LINEAR, Arm
+from sweep.study.errors import FieldError
+from sweep.training.locate import ModelPlace, first_line, quiet
+from sweep.training.tasks import CLASSIFICATION
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEAD_NAMES = ("classifier", "score")  # what PEFT saves with the adapter of a sequence classifier
+
+
+@dataclass(frozen=True)
+class Base:
+    model: nn.Module
+    head: tuple[str, ...]  # linear layers that come fresh, without pretrained weights: every trial trains its own
+
+
+def find_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@lru_cache(maxsize=2)
+def load_base(place: ModelPlace, task: str, labels: tuple[str, ...], precision: str, attention: str) -> Base:
+    """The frozen model on this process's device, in evaluation mode: the model's own dropout is off in every arm.
+
+    precision: "float32" or "bfloat16", the dtype of the frozen weights. Raises FieldError when it cannot be loaded.
+    """
+    import transformers
+
+    settings: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": attention}
+    if place.gguf_file:
+        settings["gguf_file"] = place.gguf_file
+    if task == CLASSIFICATION:
+        auto: Any = transformers.AutoModelForSequenceClassification
+        settings["num_labels"] = len(labels)
+        settings["id2label"] = dict(enumerate(labels))
+        settings["label2id"] = {label: i for i, label in enumerate(labels)}
+    else:
+        auto = transformers.AutoModelForCausalLM
+    with quiet():
+        try:
+            model, info = auto.from_pretrained(place.path, output_loading_info=True, **settings)
+        except Exception as error:  # transformers raises many kinds; each means that this model can't be used
+            raise FieldError(("model", f"{place.name} cannot be loaded for {task}: {first_line(error)}")) from error
+    layers = linear_modules(model)
+    missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    head = tuple(
+        name
+        for name in layers
+        if task == CLASSIFICATION and (name.split(".")[0] in HEAD_NAMES or f"{name}.weight" in missing)
+    )
+    orphans = sorted(key for key in missing if key.rpartition(".")[0] not in head)
+    if orphans:
+        raise FieldError(("model", f"{place.name} lacks weights for {task}: {', '.join(orphans[:4])}"))
+    if task == CLASSIFICATION and model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id  # decoders classify at the last token that isn't padding
+    model.config.quantization_config = None  # a GGUF file's weights are unpacked by now
+    model.requires_grad_(False)
+    return Base(model.to(find_device()).eval(), head)
+
+
+def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The linear layers, head and output embeddings excepted, that the endings name (or all of them).
+
+    Raises FieldError with the nearest names that exist.
+    """
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = {n: layer for n, layer in linear_modules(model).items() if n not in head and layer is not output}
+    if target_modules == (ALL_LINEAR,):
+        return layers
+    endings = sorted({name.split(".")[-1] for name in layers})
+    for ending in target_modules:
+        if not any(_ends(name, ending) for name in layers):
+            near = difflib.get_close_matches(ending, [*endings, *layers], n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise FieldError(
+                (
+                    "arms.target_modules",
+                    f"no linear layer's name ends in {ending!r}; {hint}there are {', '.join(endings)}",
+                )
+            )
+    return {name: layer for name, layer in layers.items() if any(_ends(name, ending) for ending in target_modules)}
+
+
+def check_arm(base: Base, arm: Arm) -> int:
+    """The arm's trainable parameters, its head included. Raises FieldError for ranks and modules that don't fit."""
+    layers = linear_modules(base.model)
+    head = sum(p.numel() for name in base.head for p in layers[name].parameters())
+    if arm.is_full:
+        return sum(p.numel() for p in base.model.parameters())
+    targets = target_layers(base.model, base.head, arm.target_modules)
+    for name, layer in targets.items():
+        limit = min(layer.in_features, layer.out_features)
+        if arm.r > limit:
+            shape = f"{layer.out_features}×{layer.in_features}"
+            raise FieldError(("arms.rank", f"rank {arm.r} is larger than layer {name} ({shape}); at most {limit}"))
+    return head + sum(arm.r * (layer.in_features + layer.out_features) for layer in targets.values())
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")

