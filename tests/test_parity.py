@@ -77,7 +77,7 @@ def curve(measurements: list[Measurement]) -> list[float]:
 def peft_curve(
     setup: Setup, prepared: Prepared, one: TrialSpec, steps: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """A plain PyTorch loop over a PEFT model, from the same initial weights; nothing of the engine but the data order."""
+    """A plain PyTorch loop over a PEFT model, from the same initial weights, in the same data order."""
     place = locate_model(setup.model)
     data = load_data(setup, place)
     load_base.cache_clear()

@@ -33,7 +33,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Stack:
-    """One trained tensor of the pack: (G, …) over the trials start … stop−1; `name` is each trial's name of its slice."""
+    """One trained tensor of the pack: (G, …) over trials start … stop−1; `name` is each trial's name of its slice."""
 
     name: str
     start: int
@@ -73,7 +73,7 @@ def init_lora(layers: dict[str, nn.Linear], r: int, seed: int) -> State:
 
 
 def init_head(layers: dict[str, nn.Linear], seed: int) -> State:
-    """A head's fresh weights, normal with standard deviation 0.02 (BERT's), biases zero; the same for every arm of a seed."""
+    """A head's fresh weights, normal with standard deviation 0.02 (BERT's), biases zero; the same in every arm."""
     state: State = {}
     for name, layer in layers.items():
         state[f"{name}.weight"] = torch.randn(layer.weight.shape, generator=generator_for(seed, name)) * 0.02
@@ -88,7 +88,7 @@ def pack_order(adapters: Sequence[Adapter]) -> list[int]:
 
 
 def install(model: nn.Module, adapters: Sequence[Adapter], head: Sequence[str], dropout: float = 0.0) -> Pack:
-    """Put the adapters on the model's layers; trial k of the pack is adapters[k]. The model's own tensors stay untouched.
+    """Put the adapters on the model's layers; trial k of the pack is adapters[k]. The model's tensors stay untouched.
 
     head: names of the nn.Linear layers of which each trial trains a copy of its own.
     """

@@ -110,7 +110,7 @@ def dropout_keep(shape: torch.Size, keys: DropoutKeys, layer: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The 32-bit finaliser of MurmurHash3, in int64 arithmetic: every bit of the input moves every bit of the output."""
+    """The 32-bit finaliser of MurmurHash3, in int64: every bit of the input moves every bit of the output."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF

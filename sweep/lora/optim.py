@@ -1,4 +1,4 @@
-"""AdamW over a pack: every trial with its own learning rate, weight decay and clipping, none of which knows its neighbours.
+"""AdamW over a pack: every trial with its own learning rate and clipping, none knows its neighbours.
 
 Shapes: K trials in the pack, G trials of one stack, P elements a trial in that stack.
 """

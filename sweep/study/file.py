@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from difflib import unified_diff
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,13 +16,14 @@ from pydantic import BaseModel, ValidationError
 from sweep.study.schema import Study, cross_checks
 
 FieldPath = tuple[str | int, ...]
+ON_COMMAND_LINE = 0  # the "line" of a value that `--set` gave
 
 
 @dataclass(frozen=True)
 class Problem:
     field: str  # dotted, as `--set` takes it
     message: str
-    line: int | None = None
+    line: int | None = None  # ON_COMMAND_LINE: the value came with `--set`
 
 
 class StudyError(ValueError):
@@ -31,11 +34,12 @@ class StudyError(ValueError):
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:
-        place = str(self.path) if self.path else "study"
-        return [
-            f"{place}{f':{p.line}' if p.line else ''}: {f'{p.field}: ' if p.field else ''}{p.message}"
-            for p in self.problems
-        ]
+        return [f"{self._place(p.line)}: {f'{p.field}: ' if p.field else ''}{p.message}" for p in self.problems]
+
+    def _place(self, line: int | None) -> str:
+        if line == ON_COMMAND_LINE:
+            return "--set"
+        return f"{self.path or 'study'}{'' if line is None else f':{line}'}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise StudyError([Problem("", f"cannot be read: {error}")], path) from None
+        raise StudyError([Problem("", f"cannot be read: {getattr(error, 'strerror', None) or error}")], path) from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
@@ -93,7 +97,8 @@ def validate(raw: dict[str, Any], line_of: Mapping[FieldPath, int]) -> tuple[Stu
     except ValidationError as error:
         seen = set()
         for details in error.errors():
-            field, message = _field_of(details["loc"], raw), _message(details)
+            field = _field_of(details["loc"], raw, details["type"] == "missing")
+            message = _message(details, field)
             if (field, message) not in seen:
                 seen.add((field, message))
                 problems.append(Problem(".".join(map(str, field)), message, _line(line_of, field)))
@@ -109,10 +114,33 @@ def dump_study(study: Study) -> str:
 
 
 def what_changed(before: str, after: str) -> list[str]:
-    """The lines in which two dumps ask another question; `storage` may move."""
-    drop = [[line for line in text.splitlines() if not line.startswith("storage:")] for text in (before, after)]
-    diff = unified_diff(*drop, fromfile="as it ran", tofile="as asked now", lineterm="", n=0)
-    return [line for line in diff if not line.startswith("@@")]
+    """The keys in which two dumps ask another question, as it ran (-) and as asked now (+); `storage` may move."""
+    ran, asked = _asked(before), _asked(after)
+    lines = []
+    for key in [*ran, *(key for key in asked if key not in ran)]:
+        if ran.get(key) != asked.get(key):
+            lines += [
+                f"{sign} {key}: {json.dumps(side[key])}" for sign, side in (("-", ran), ("+", asked)) if key in side
+            ]
+    return lines
+
+
+def _asked(dump: str) -> dict[str, Any]:
+    """Dotted key -> value. Keys that came into the schema after the dump was written take their defaults."""
+    raw = yaml.safe_load(dump)
+    with suppress(ValidationError):  # written by another version: hold it as it stands
+        raw = Study.model_validate(raw).model_dump(mode="json")
+    asked = dict(_flat(raw, ""))
+    asked.pop("storage", None)
+    return asked
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, below in value.items():
+        yield from _flat(below, f"{key}.{name}" if key else str(name))
 
 
 def _index_lines(
@@ -137,29 +165,30 @@ def _apply_override(raw: dict[str, Any], override: str, line_of: dict[FieldPath,
     name, equals, text = override.partition("=")
     field = tuple(name.strip().split("."))
     if not equals or not all(field):
-        return Problem("--set", f"{override!r} is not of the form dotted.key=value")
+        return Problem("", f"{override!r} is not of the form dotted.key=value", ON_COMMAND_LINE)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        return Problem(name, f"--set: {text!r} is not YAML")
+        return Problem(name, f"{text!r} is not YAML", ON_COMMAND_LINE)
     at: dict[str, Any] = raw
     for key in field[:-1]:
         below = at.setdefault(key, {})
         if not isinstance(below, dict):
-            return Problem(name, f"--set: {key} holds no keys")
+            return Problem(name, f"{key} holds no keys of its own", ON_COMMAND_LINE)
         at = below
     at[field[-1]] = value
     for known in [known for known in line_of if known[: len(field)] == field]:
-        del line_of[known]  # the value no longer stands in the file
+        del line_of[known]
+    line_of[field] = ON_COMMAND_LINE
     return None
 
 
-def _field_of(loc: tuple[str | int, ...], raw: Any) -> FieldPath:
+def _field_of(loc: tuple[str | int, ...], raw: Any, missing: bool) -> FieldPath:
     """The part of a pydantic location that exists in the file (union branches add words of their own)."""
     field: list[str | int] = []
     at = raw
     for i, part in enumerate(loc):
-        if isinstance(at, dict) and isinstance(part, str) and (part in at or i == len(loc) - 1):
+        if isinstance(at, dict) and isinstance(part, str) and (part in at or (missing and i == len(loc) - 1)):
             at = at.get(part)
         elif isinstance(at, list) and isinstance(part, int) and part < len(at):
             at = at[part]
@@ -169,13 +198,15 @@ def _field_of(loc: tuple[str | int, ...], raw: Any) -> FieldPath:
     return tuple(field)
 
 
-def _message(details: Mapping[str, Any]) -> str:
+def _message(details: Mapping[str, Any], field: FieldPath) -> str:
     kind, value = details["type"], details.get("input")
     if kind == "extra_forbidden":
-        return "unknown key; see the study file in the README"
+        return _unknown_key(field)
     if kind == "missing":
         return "missing"
-    if isinstance(value, str) and kind in ("float_type", "int_type", "list_type", "model_type", "bool_type"):
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"must hold keys of its own, not {value!r}"
+    if kind in ("float_type", "int_type", "bool_type", "list_type", "wrong_shape") and isinstance(value, str):
         try:
             number = float(value)
         except ValueError:
@@ -188,6 +219,22 @@ def _message(details: Mapping[str, Any]) -> str:
         return f"{value!r}: use lower-case letters, digits and dashes only"
     message = str(details["msg"])
     return f"{message[0].lower()}{message[1:]}, not {value!r}"
+
+
+def _unknown_key(field: FieldPath) -> str:
+    models: list[type[BaseModel]] = [Study]
+    for part in field[:-1]:
+        infos = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        models = [below for info in infos for below in _models_in(info.annotation)]
+    known = [name for model in models for name in model.model_fields]
+    close = get_close_matches(str(field[-1]), known, n=1)
+    return f"unknown key; did you mean {close[0]}?" if close else f"unknown key; known here: {', '.join(known)}"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _line(line_of: Mapping[FieldPath, int], field: Sequence[str | int]) -> int | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from sweep.study.arms import ALL_LINEAR, Arm, full_arm, lora_arms
 from sweep.study.records import DataSettings, Setup, TrainSettings
@@ -21,6 +21,47 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+def _shape(value: Any) -> str | None:
+    """Which branch of a union a YAML value is meant for, so that errors speak of that branch alone."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        return None if _is_number(value) else "text"
+    if isinstance(value, list):
+        return "list"
+    return "mapping" if isinstance(value, dict | BaseModel) else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _modules_shape(value: Any) -> str | None:
+    return "text" if value == ALL_LINEAR else "list" if isinstance(value, list) else None
+
+
+def _one_of(message: str, shape: Callable[[Any], str | None] = _shape) -> Discriminator:
+    return Discriminator(shape, custom_error_type="wrong_shape", custom_error_message=message)
+
+
+# A share of the rows, or the name of a split that the source has.
+Part = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[str, Field(min_length=1), Tag("text")],
+    _one_of("must be a fraction between 0 and 1, or the name of a split"),
+]
+Modules = Annotated[
+    Annotated[Literal["all-linear"], Tag("text")]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Tag("list")],
+    _one_of("each entry is a list of module-name endings, as in [[query, value]], or all-linear", _modules_shape),
+]
+
+
 class Data(Strict):
     source: str = Field(min_length=1)
     text: str = "text"
@@ -31,8 +72,8 @@ class Data(Strict):
     config: str | None = None  # a hub data set's configuration
     split: str = "train"  # the split that training rows come from
     max_length: Annotated[int, Field(ge=4)] = 128
-    validation: Fraction | str = 0.1
-    test: Fraction | str = 0.1
+    validation: Part = 0.1
+    test: Part = 0.1
 
     @model_validator(mode="after")
     def _columns_go_together(self) -> Data:
@@ -50,9 +91,7 @@ class Arms(Strict):
     rank: Annotated[list[Count], Field(min_length=1)]
     alpha_ratio: Annotated[list[Positive], Field(min_length=1)]
     method: Annotated[list[Literal["lora", "rslora"]], Field(min_length=1)] = ["lora"]
-    target_modules: Annotated[
-        list[Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]], Field(min_length=1)
-    ] = ["all-linear"]
+    target_modules: Annotated[list[Modules], Field(min_length=1)] = ["all-linear"]
     full_finetuning: bool = True
 
     @model_validator(mode="after")
@@ -88,7 +127,10 @@ class Range(Strict):
         return [float(f"{x:.4g}") for x in raw]
 
 
-Rates = Range | Annotated[list[Positive], Field(min_length=1)]
+Rates = Annotated[
+    Annotated[Range, Tag("mapping")] | Annotated[list[Positive], Field(min_length=1), Tag("list")],
+    _one_of("must be a list of rates, or {low, high, log, values}"),
+]
 
 
 class TuneFull(Strict):

@@ -75,7 +75,8 @@ def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple
 
     Raises FieldError with the nearest names that exist.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_output = getattr(model, "get_output_embeddings", None)
+    output = find_output() if callable(find_output) else None
     layers = {n: layer for n, layer in linear_modules(model).items() if n not in head and layer is not output}
     if target_modules == (ALL_LINEAR,):
         return layers

@@ -1,4 +1,4 @@
-"""Which rows a step trains on, and how rows become a padded batch. Batches are a function of (seed, step), nothing else."""
+"""Which rows a step trains on, and how rows become a padded batch. A function of (seed, step), nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before the first trial: do model, data and arms fit together, and which precision, attention and pack size are fastest here?"""
+"""Before the first trial: do model, data and arms fit, and which precision, attention and pack size are fastest?"""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
 
 
 def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared:
-    """Choose by a few steps of a real pack: first precision and attention, then the pack size; cached in setup.cache."""
+    """Choose by a few steps of a real pack: first precision and attention, then the pack size; cached."""
     if not arms:
         precision = "float32" if setup.train.precision == "auto" else setup.train.precision
         return replace(prepared, precision=precision)

@@ -39,9 +39,14 @@ from sweep.training.tasks import evaluate, mean_loss, score
 class Trainee(Protocol):
     """K trials on one model: a pack of adapters, or a pack of one full fine-tuning."""
 
-    model: nn.Module
-    trials: int
-    alive_K: Tensor
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def trials(self) -> int: ...
+
+    @property
+    def alive_K(self) -> Tensor: ...  # bool: no loss or gradient norm was other than finite so far
 
     def step(self, loss_K: Tensor, lr_K: Tensor) -> None: ...
 
@@ -184,7 +189,7 @@ def training_loss(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepar
 def pack_batches(
     data: TokenisedData, setup: Setup, trials: list[TrialSpec], start: int, stop: int
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """The pack's batch of each step, its rows ordered by trial, and every trial's tokens in it (padding not counted)."""
+    """The pack's batch of each step, rows ordered by trial, and every trial's tokens in it (padding not counted)."""
     lengths = data.train.lengths
     orders = [step_rows(lengths, setup.train.batch_size, trial.seed, start, stop) for trial in trials]
     for rows in zip(*orders, strict=True):

@@ -1,0 +1,229 @@
+"""Export: a trial's adapter as PEFT loads it, or merged into a plain model; checked before it is said to be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sweep import __version__
+from sweep.adapters.card import model_card
+from sweep.lora.adapter import Adapter, install, linear_modules, remove
+from sweep.study.arms import Arm
+from sweep.study.records import COMPLETE, Prepared, Setup
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord, TrialRecord
+from sweep.training.base import HEAD_NAMES, Base, load_base, target_layers
+from sweep.training.batches import Batch, collate
+from sweep.training.checkpoint import WEIGHTS, load_weights
+from sweep.training.data import load_data
+from sweep.training.locate import ModelPlace, load_tokenizer, locate_model, quiet
+
+TOLERANCE = 1e-5  # on logits, relative to the largest of them where that is above 1
+MARK = "sweep.json"  # tells our own export from a folder that must not be overwritten
+CHECKED_ROWS = 8
+
+
+class ExportError(RuntimeError):
+    """Nothing was exported; one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    path: Path
+    largest_difference: float  # of the logits in a fresh process to ours
+
+
+def export(
+    study: Study, record: StudyRecord, trial: TrialRecord, to: Path, merge: bool, evidence: str, cache: Path
+) -> Exported:
+    """Write a trial's adapter (or, with merge, the whole model) to a folder, and check it in a fresh process.
+
+    evidence: the report's sentences about the arm, for the model card. The folder appears only once its logits equal
+    ours. Raises ExportError, or FieldError where model or data can no longer be used.
+    """
+    weights = _weights_of(trial, merge)
+    if to.exists() and any(to.iterdir()) and not (to / MARK).exists():
+        raise ExportError(f"{to} holds other files; name a new folder with --to")
+    if record.prepared is None:
+        raise ExportError(f"study {study.name} has no prepared model and data; run it first")
+    setup, place = study.setup(str(cache)), locate_model(study.model)
+    base = load_base(place, study.task, record.prepared.labels, "float32", "eager")
+    batch = _few_rows(setup, place)
+    half = to.parent / f".tmp-{to.name}-{os.getpid()}"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    try:
+        ours = _our_logits(base, trial.spec.arm, weights, batch)
+        if merge:
+            _write_merged(base, trial.spec.arm, weights, place, half)
+        else:
+            _write_adapter(base, study, trial.spec.arm, weights, half)
+        (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
+        (half / MARK).write_text(json.dumps(_provenance(study, record.prepared, trial, merge), indent=1))
+        difference = _check_in_fresh_process(half, place, study.task, record.prepared, merge, batch, ours)
+        shutil.rmtree(to, ignore_errors=True)
+        os.replace(half, to)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return Exported(to, difference)
+
+
+def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
+    spec = trial.spec
+    if trial.state != COMPLETE or trial.last is None:
+        raise ExportError(
+            f"trial {spec.number} ({spec.arm.name}) is {trial.state or 'unfinished'}: export a complete one"
+        )
+    if spec.arm.is_full and not merge:
+        raise ExportError("full fine-tuning has no adapter; add --merge for the whole model")
+    folder = Path(spec.folder) / trial.last.checkpoint
+    if not (folder / WEIGHTS).exists():
+        raise ExportError(f"trial {spec.number} ({spec.arm.name}) kept no weights; export one of its confirm trials")
+    return load_weights(folder)
+
+
+def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+    """The logits of the engine itself, in float32."""
+    if arm.is_full:
+        before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
+        _copy_in(base.model, weights)
+        logits = _logits(base.model, batch)
+        _copy_in(base.model, before)
+        return logits
+    modules = tuple(target_layers(base.model, base.head, arm.target_modules))
+    pack = install(base.model, [Adapter(arm.r, arm.scaling, modules, weights)], base.head)
+    try:
+        return _logits(base.model, batch)
+    finally:
+        remove(base.model, pack)
+
+
+def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:
+    """PEFT's format: its own LoraConfig writes the config; every key carries the prefix `base_model.model.`."""
+    from peft import LoraConfig, TaskType
+
+    alpha = arm.lora_alpha
+    config = LoraConfig(
+        r=arm.r,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        target_modules=_endings(base, arm),
+        task_type=TaskType.SEQ_CLS if base.head else TaskType.CAUSAL_LM,
+        base_model_name_or_path=study.model,
+        use_rslora=arm.method == "rslora",
+        lora_dropout=study.train.dropout,
+        modules_to_save=sorted({_saved_module(name) for name in base.head}) or None,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(to))
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in weights.items()}
+    save_file(named, to / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], place: ModelPlace, to: Path) -> None:
+    """W + scaling · B A in every adapted layer, the head's own weights, and the tokenizer."""
+    before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
+    try:
+        if arm.is_full:
+            _copy_in(base.model, weights)
+        else:
+            layers = linear_modules(base.model)
+            with torch.no_grad():
+                for name in target_layers(base.model, base.head, arm.target_modules):
+                    low, high = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
+                    layers[name].weight += (arm.scaling * (high @ low)).to(layers[name].weight.device)
+            _copy_in(base.model, {name: value for name, value in weights.items() if ".lora_" not in name})
+        with quiet():
+            base.model.save_pretrained(to)  # type: ignore[operator]
+            load_tokenizer(place).save_pretrained(to)
+    finally:
+        _copy_in(base.model, before)
+
+
+def _endings(base: Base, arm: Arm) -> list[str]:
+    """Endings where they name exactly the adapted layers, else the layers' full names."""
+    targets = target_layers(base.model, base.head, arm.target_modules)
+    endings = sorted({name.split(".")[-1] for name in targets})
+    named = {name for name in linear_modules(base.model) if name.split(".")[-1] in endings}
+    return endings if named == set(targets) else sorted(targets)
+
+
+def _saved_module(head: str) -> str:
+    first = head.split(".")[0]
+    return first if first in HEAD_NAMES else head
+
+
+def _few_rows(setup: Setup, place: ModelPlace) -> Batch:
+    data = load_data(setup, place)
+    return collate(data.validation, range(min(CHECKED_ROWS, len(data.validation))), data.pad_token_id)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    device = next(model.parameters()).device
+    inputs = (torch.from_numpy(batch.input_ids_RT).to(device), torch.from_numpy(batch.attention_mask_RT).to(device))
+    logits: Tensor = model(input_ids=inputs[0], attention_mask=inputs[1]).logits
+    return logits.float().cpu()
+
+
+@torch.no_grad()
+def _copy_in(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
+
+
+def _check_in_fresh_process(
+    folder: Path, place: ModelPlace, task: str, prepared: Prepared, merge: bool, batch: Batch, ours: Tensor
+) -> float:
+    """Load the export as a user would, in another process, and compare logits. Raises ExportError when they differ."""
+    expected = folder / ".expected.safetensors"
+    inputs = {"input_ids": torch.from_numpy(batch.input_ids_RT), "mask": torch.from_numpy(batch.attention_mask_RT)}
+    save_file({**inputs, "logits": ours.contiguous()}, expected)
+    question = {
+        "folder": str(folder),
+        "base": None if merge else place.path,
+        "gguf_file": None if merge else place.gguf_file,
+        "task": task,
+        "labels": len(prepared.labels),
+        "expected": str(expected),
+    }
+    command = [sys.executable, "-m", "sweep.adapters.verify"]
+    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=False)
+    expected.unlink()
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise ExportError(f"the export does not load in a fresh process: {lines[-1] if lines else done.returncode}")
+    difference = float(json.loads(done.stdout.splitlines()[-1])["largest_difference"])
+    allowed = TOLERANCE * max(1.0, float(ours.abs().max()))
+    if not difference <= allowed:
+        raise ExportError(
+            f"the export's logits differ from ours by {difference:.2g} (allowed {allowed:.2g}); not written"
+        )
+    return difference
+
+
+def _provenance(study: Study, prepared: Prepared, trial: TrialRecord, merge: bool) -> dict[str, object]:
+    spec = trial.spec
+    return {
+        "sweep": __version__,
+        "study": study.name,
+        "trial": spec.number,
+        "arm": spec.arm.name,
+        "learning_rate": spec.learning_rate,
+        "seed": spec.seed,
+        "steps": trial.step,
+        "merged": merge,
+        "model": study.model,
+        "model_fingerprint": prepared.model_fingerprint,
+        "data_fingerprint": prepared.data_fingerprint,
+        "labels": list(prepared.labels),
+        "versions": prepared.versions,
+    }

@@ -1,0 +1,43 @@
+"""Run in a fresh process: load an export with PEFT or transformers alone, compare its logits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+
+def largest_difference(question: dict[str, Any]) -> float:
+    """Largest absolute difference of the logits, over all rows; padding left out."""
+    classify = question["task"] == "sequence-classification"
+    auto: Any = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    if question["base"] is None:
+        model = auto.from_pretrained(question["folder"], **settings)
+    else:
+        from peft import PeftModel
+
+        if question["gguf_file"]:
+            settings["gguf_file"] = question["gguf_file"]
+        if classify:
+            settings["num_labels"] = question["labels"]
+        base = auto.from_pretrained(question["base"], **settings)
+        if classify and base.config.pad_token_id is None:
+            base.config.pad_token_id = base.config.eos_token_id
+        model = PeftModel.from_pretrained(base, question["folder"])
+    expected = load_file(question["expected"])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=expected["input_ids"], attention_mask=expected["mask"]).logits
+    difference = (logits.float() - expected["logits"]).abs()
+    if not classify:
+        difference = difference[expected["mask"].bool()]
+    return float(difference.max())
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    print(json.dumps({"largest_difference": largest_difference(json.load(sys.stdin))}))

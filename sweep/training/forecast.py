@@ -1,0 +1,76 @@
+"""What an arm will cost, foretold from one forward pass and counted tensors: no step is taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sweep.study.arms import Arm
+from sweep.study.records import Prepared, Setup, TrialSpec
+from sweep.training.base import check_arm, load_base
+from sweep.training.locate import locate_model
+from sweep.training.rung import Trainee, pack_batches, start_trainee, tokenised, training_loss
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one arm alone. Bytes and seconds."""
+
+    arm: Arm
+    trainable_params: int
+    peak_memory_bytes: int
+    step_seconds: float
+
+
+def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[Forecast]:
+    """A forecast for every arm; arms of one cost_key share a measurement.
+
+    Memory: base, trained weights, their gradients and two moments (4 bytes each), and what the forward pass keeps for
+    the backward pass, counted. Time: the forward pass costs 2·N·tokens, a LoRA step 4·N·tokens (twice as much), and a
+    step of full fine-tuning 6·N·tokens (three times as much).
+    """
+    by_key: dict[str, Forecast] = {}
+    for arm in arms:
+        if arm.cost_key not in by_key:
+            by_key[arm.cost_key] = _forecast_one(setup, prepared, arm)
+    return [replace(by_key[arm.cost_key], arm=arm) for arm in arms]
+
+
+def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
+    precision = "float32" if arm.is_full else prepared.precision
+    base = load_base(locate_model(setup.model), setup.task, prepared.labels, precision, prepared.attention)
+    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    trial = TrialSpec(-1, arm, 0.0, 0, "forecast", "")
+    trainee = start_trainee(setup, prepared, [trial], 0)
+    try:
+        seconds, kept = _forward(setup, prepared, trial, trainee)
+    finally:
+        trainee.close()
+    trainable = check_arm(base, arm)
+    weights = base_bytes if arm.is_full else base_bytes + 4 * trainable
+    return Forecast(arm, trainable, weights + 12 * trainable + kept, seconds * (3 if arm.is_full else 2))
+
+
+def _forward(setup: Setup, prepared: Prepared, trial: TrialSpec, trainee: Trainee) -> tuple[float, int]:
+    """Seconds of a forward pass, and the bytes that it keeps for the backward pass."""
+    parameters = {p.untyped_storage().data_ptr() for p in trainee.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    seconds = 0.0
+    for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, [trial], 0, 2)):  # the first warms up
+        began = time.perf_counter()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            float(training_loss(trainee, batch, setup, prepared, step).sum())
+        seconds = time.perf_counter() - began
+    return seconds, sum(kept.values())

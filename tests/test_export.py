@@ -1,0 +1,152 @@
+"""What comes out loads where people will load it: PEFT and transformers, in a process that never saw the engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sweep.adapters.export import ExportError, export
+from sweep.study.file import read_study
+from sweep.study.home import Home
+from sweep.study.records import CONFIRM, Measurement, TrialSpec, Unit
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord, TrialRecord, append, append_asked, append_end, append_rung
+from sweep.tracking.journal import read_study_record, to_json
+from sweep.training.prepare import prepare
+from sweep.training.rung import train_rung
+
+SMALL = ["data.max_length=16", "train.steps=4", "search.rungs=[4]", "train.batch_size=4", "train.precision=float32"]
+
+# What a user writes: nothing of ours is imported.
+PEFT_PROGRAM = """
+import json, sys, torch, transformers
+from safetensors.torch import load_file, save_file
+q = json.loads(sys.argv[1])
+auto = getattr(transformers, q["auto"])
+given = load_file(q["inputs"])
+if q["base"]:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(auto.from_pretrained(q["base"], **q["settings"]), q["folder"])
+else:
+    model = auto.from_pretrained(q["folder"])
+with torch.no_grad():
+    save_file({"logits": model.eval()(**given).logits.contiguous()}, q["to"])
+assert not any(name == "sweep" or name.startswith("sweep.") for name in sys.modules)
+"""
+
+
+def run_trials(study: Study, home: Home, arms: list[str]) -> StudyRecord:
+    """A few real steps of each arm, journaled as the driver does."""
+    folder = home.study(study.name)
+    setup = study.setup(str(home.cache))
+    chosen = [arm for arm in study.list_arms() if arm.name in arms]
+    prepared = prepare(setup, tuple(chosen))
+    append(folder.journal, "prepared", prepared=to_json(prepared))
+    for number, arm in enumerate(chosen):
+        spec = TrialSpec(number, arm, 3e-3, 1, CONFIRM, str(folder.trial(number)))
+        append_asked(spec)
+        measurement: Measurement
+        (measurement,) = train_rung(Unit(setup, prepared, (spec,), 0, study.train.steps, test=True))
+        append_rung(spec, measurement)
+        append_end(spec, "complete")
+    return read_study_record(folder)
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, StudyRecord, Home]:
+    home = Home(tmp_path_factory.mktemp("home"))
+    overrides = [*SMALL, "data.validation=0.03", "data.test=0.03", "arms.method=[rslora]"]
+    study = read_study(Path("studies/quickstart.yaml"), overrides).study
+    return study, run_trials(study, home, ["r2-ratio1", "r64-ratio2", "full"]), home
+
+
+def trial_of(record: StudyRecord, arm: str) -> TrialRecord:
+    return next(trial for trial in record.trials if trial.spec.arm.name == arm)
+
+
+def logits_of(question: dict[str, object], inputs: dict[str, torch.Tensor], tmp_path: Path) -> torch.Tensor:
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    question = {**question, "inputs": str(tmp_path / "inputs.safetensors"), "to": str(tmp_path / "logits.safetensors")}
+    subprocess.run([sys.executable, "-c", PEFT_PROGRAM, json.dumps(question)], check=True, cwd=tmp_path)
+    return load_file(tmp_path / "logits.safetensors")["logits"]
+
+
+def test_adapter_in_peft_and_merged_model_give_the_engines_logits(
+    classified: tuple[Study, StudyRecord, Home], tmp_path: Path
+) -> None:
+    from sweep.adapters.export import _few_rows, _our_logits, _weights_of
+    from sweep.training.base import load_base
+    from sweep.training.locate import locate_model
+
+    study, record, home = classified
+    place = locate_model(study.model)
+    assert record.prepared is not None
+    base = load_base(place, study.task, record.prepared.labels, "float32", "eager")
+    batch = _few_rows(study.setup(str(home.cache)), place)
+    inputs = {
+        "input_ids": torch.from_numpy(batch.input_ids_RT),
+        "attention_mask": torch.from_numpy(batch.attention_mask_RT),
+    }
+    for arm in ("r2-ratio1", "r64-ratio2"):
+        trial = trial_of(record, arm)
+        ours = _our_logits(base, trial.spec.arm, _weights_of(trial, False), batch)
+        untrained = base.model(**inputs).logits
+        assert not torch.allclose(ours, untrained, atol=1e-3), "the adapter changes nothing, so the test would be blind"
+        for merge in (False, True):
+            to = tmp_path / f"{arm}-{merge}"
+            export(study, record, trial, to, merge, "Evidence.", home.cache)
+            question = {
+                "auto": "AutoModelForSequenceClassification",
+                "base": None if merge else place.path,
+                "settings": {"num_labels": 5},
+                "folder": str(to),
+            }
+            torch.testing.assert_close(logits_of(question, inputs, tmp_path), ours, atol=1e-5, rtol=0)
+
+
+def test_full_finetuning_exports_as_a_whole_model_only(
+    classified: tuple[Study, StudyRecord, Home], tmp_path: Path
+) -> None:
+    study, record, home = classified
+    with pytest.raises(ExportError, match="--merge"):
+        export(study, record, trial_of(record, "full"), tmp_path / "full", False, "", home.cache)
+    assert not (tmp_path / "full").exists()
+    done = export(study, record, trial_of(record, "full"), tmp_path / "full", True, "", home.cache)
+    assert done.largest_difference < 1e-5 and (tmp_path / "full" / "model.safetensors").exists()
+
+
+def test_damaged_export_never_appears(
+    classified: tuple[Study, StudyRecord, Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were a key's prefix missing, PEFT would only warn and run an untrained adapter: the command must notice."""
+    import sweep.adapters.export as module
+
+    study, record, home = classified
+    honest = module._write_adapter
+
+    def damaged(base: object, study: Study, arm: object, weights: dict[str, torch.Tensor], to: Path) -> None:
+        honest(base, study, arm, weights, to)  # type: ignore[arg-type]
+        tensors = load_file(to / "adapter_model.safetensors")
+        wrong = {n.removeprefix("base_model.") if ".lora_" in n else n: tensor for n, tensor in tensors.items()}
+        save_file(wrong, to / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(module, "_write_adapter", damaged)
+    with pytest.raises(ExportError, match="differ"):
+        export(study, record, trial_of(record, "r64-ratio2"), tmp_path / "bad", False, "", home.cache)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_with_other_files_is_not_overwritten(
+    classified: tuple[Study, StudyRecord, Home], tmp_path: Path
+) -> None:
+    study, record, home = classified
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ExportError, match="--to"):
+        export(study, record, trial_of(record, "r2-ratio1"), tmp_path, False, "", home.cache)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
