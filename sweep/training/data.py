@@ -1,0 +1,229 @@
+"""From rows to token arrays: duplicates out, split, tokenised once and cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from sweep.study.errors import FieldError
+from sweep.study.records import DataSettings, Setup
+from sweep.training.locate import ModelPlace, load_tokenizer, model_fingerprint
+from sweep.training.sources import Row, Rows, read_rows
+from sweep.training.tokens import Split, tokenise_for_lm, tokenise_texts
+
+__all__ = ["Split", "TokenisedData", "load_data"]
+SPLITS = ("train", "validation", "test")
+_CODE_VERSION = 1  # raise it when the same rows would become other tokens or another split
+_TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
+Tokens = tuple[dict[str, Split], int]  # by split name, and the padding token
+
+
+@dataclass(frozen=True)
+class TokenisedData:
+    """`fingerprint` is of the rows and their split, whatever the tokenizer and wherever the files lie."""
+
+    train: Split
+    validation: Split
+    test: Split
+    labels: tuple[str, ...]  # empty for causal-lm
+    duplicates_removed: int
+    fingerprint: str
+    pad_token_id: int
+
+
+def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
+    """Read, clear of duplicates, split and tokenise the study's data; the tokens come from the cache where they can.
+
+    Of rows with the same text (case and white space aside) the test split keeps one, else validation, else train.
+    Fractions are of all rows, seeded by setup.split_seed and, for classification, drawn from every class alike; every
+    class keeps a training row.
+    Raises FieldError on `data.…` for what cannot be used, and on `model` where its tokenizer cannot.
+    """
+    rows, duplicates_removed = remove_duplicates(read_rows(setup.data, setup.task))
+    if not rows["train"]:
+        duplicates = f" ({duplicates_removed} duplicates removed)" if duplicates_removed else ""
+        raise FieldError(("data.source", f"{setup.data.source}: no rows are left to train on{duplicates}"))
+    labels = _list_labels(rows, setup.data) if setup.task == "sequence-classification" else ()
+    rows = make_splits(rows, setup.data, setup.split_seed)
+    _check_splits(rows, labels, setup.data)
+    fingerprint = _fingerprint(rows)
+    cached = Path(setup.cache) / f"tokens-{_cache_key(setup, place, fingerprint)}.npz"
+    tokens = _read_cache(cached)
+    if tokens is None:
+        tokens = _tokenise(rows, labels, setup, place)
+        _write_cache(cached, tokens)
+    splits, pad_token_id = tokens
+    return TokenisedData(
+        **splits,
+        labels=labels,
+        duplicates_removed=duplicates_removed,
+        fingerprint=fingerprint,
+        pad_token_id=pad_token_id,
+    )
+
+
+def remove_duplicates(rows: Rows) -> tuple[Rows, int]:
+    """Rows without a text twice in any splits, and how many were removed: test keeps its row, then validation."""
+    seen: set[bytes] = set()
+    kept: Rows = {}
+    for name in reversed(SPLITS):
+        if name in rows:
+            kept[name] = []
+            for row in rows[name]:
+                key = _normalised(row)
+                if key not in seen:
+                    seen.add(key)
+                    kept[name].append(row)
+    return kept, sum(map(len, rows.values())) - sum(map(len, kept.values()))
+
+
+def make_splits(rows: Rows, settings: DataSettings, seed: int) -> Rows:
+    """Draw from `train` the splits that are given as a fraction; rows keep their order within a split.
+
+    Every class gives its share to within one row, and its first drawn row stays in train.
+    """
+    train = rows["train"]
+    classes = np.array([row.get("label", "") for row in train], dtype=object)
+    order = np.random.default_rng(seed).permutation(len(train))
+    order = order[np.argsort(classes[order], kind="stable")]
+    first = np.array([i == 0 or classes[order[i]] != classes[order[i - 1]] for i in range(len(order))], dtype=bool)
+    free = order[~first]
+    taken: dict[str, np.ndarray] = {}
+    for name, share in (("test", settings.test), ("validation", settings.validation)):
+        if isinstance(share, float):
+            wanted = min(round(share * len(train)), len(free))
+            # Evenly spaced over rows sorted by class: each class gives its share.
+            at = np.floor((np.arange(wanted) + 0.5) * len(free) / max(wanted, 1)).astype(int)
+            taken[name], free = free[at], np.delete(free, at)
+    taken["train"] = np.concatenate([order[first], free])
+    return {**rows, **{name: [train[i] for i in np.sort(indices)] for name, indices in taken.items()}}
+
+
+def _normalised(row: Row) -> bytes:
+    """What two rows share when they are duplicates."""
+    words = [m["role"] + "\0" + m["content"] for m in row["messages"]] if "messages" in row else []
+    words += [row[name] for name in ("text", "prompt", "completion") if name in row]
+    text = "\0".join(" ".join(part.split()).casefold() for part in words)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _check_splits(rows: Rows, labels: tuple[str, ...], settings: DataSettings) -> None:
+    """Each split has rows, and each class a training row."""
+    count = sum(map(len, rows.values()))
+    problems = []
+    for name, share in (("validation", settings.validation), ("test", settings.test)):
+        if not rows[name]:
+            what = (
+                f"the split {share!r} has no rows" if isinstance(share, str) else f"{share:g} of {count} rows is none"
+            )
+            problems.append((f"data.{name}", f"{what}: nothing to evaluate on"))
+    unseen = sorted(set(labels) - {row["label"] for row in rows["train"]}) if labels else []
+    if unseen:
+        problems.append(("data.label", f"{', '.join(map(repr, unseen))}: no training row has this class"))
+    if problems:
+        raise FieldError(*problems)
+
+
+def _list_labels(rows: Rows, settings: DataSettings) -> tuple[str, ...]:
+    """The classes of all splits: by value where all are numbers, else by name."""
+    counts = Counter(row["label"] for split in rows.values() for row in split)
+    numbers = {label: number for label in counts if (number := _number(label)) is not None}
+    numeric = len(numbers) == len(counts)
+    if len(counts) == 1:
+        message = (
+            f"column {settings.label!r} holds one class only, {next(iter(counts))!r}: there is nothing to tell apart"
+        )
+        raise FieldError(("data.label", message))
+    continuous = numeric and not all(number.is_integer() for number in numbers.values())
+    if len(counts) > 20 and (continuous or len(counts) > sum(counts.values()) / 2):
+        kind = "measurements" if continuous else "free text or row numbers"
+        message = f"column {settings.label!r} holds {len(counts)} different values, as {kind} do, not classes"
+        raise FieldError(("data.label", f"{message}: name a column of classes, or make one (say, by thresholds)"))
+    return tuple(sorted(counts, key=lambda label: (numbers[label], label)) if numeric else sorted(counts))
+
+
+def _number(label: str) -> float | None:
+    try:
+        number = float(label)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _fingerprint(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        digest.update(name.encode())
+        for row in rows[name]:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _cache_key(setup: Setup, place: ModelPlace, fingerprint: str) -> str:
+    parts = [_CODE_VERSION, fingerprint, setup.task, setup.data.max_length, _tokenizer_fingerprint(place)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _tokenizer_fingerprint(place: ModelPlace) -> list[str]:
+    """Of its files, since loading a tokenizer takes longer than all the rest."""
+    library = version("transformers")
+    if not place.local or place.gguf_file:
+        return [library, model_fingerprint(place)]
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(place.path).iterdir() if p.suffix in _TOKENIZER_FILES):
+        digest.update(path.name.encode() + path.read_bytes())
+    return [library, digest.hexdigest()]
+
+
+def _read_cache(path: Path) -> Tokens | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if file.zip.testzip() is not None:
+                return None
+            fields = {name: file[name] for name in file.files}
+        splits = {
+            name: Split(*(fields[f"{name}.{part}"] for part in ("input_ids", "offsets", "labels"))) for name in SPLITS
+        }
+        return splits, int(fields["pad_token_id"])
+    except Exception:  # whatever a damaged file raises, it is built anew
+        return None
+
+
+def _write_cache(path: Path, tokens: Tokens) -> None:
+    splits, pad_token_id = tokens
+    fields = {f"{name}.{part}": array for name, split in splits.items() for part, array in vars(split).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a reader never sees half a file
+    try:
+        with aside.open("wb") as stream:
+            np.savez(stream, pad_token_id=np.int64(pad_token_id), **fields)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _tokenise(rows: Rows, labels: tuple[str, ...], setup: Setup, place: ModelPlace) -> Tokens:
+    tokenizer = load_tokenizer(place)
+    max_length = setup.data.max_length
+    if max_length > tokenizer.model_max_length:
+        limit = tokenizer.model_max_length
+        raise FieldError(("data.max_length", f"is {max_length}, and {place.name} reads at most {limit} tokens"))
+    splits = {}
+    for name in SPLITS:
+        if setup.task == "sequence-classification":
+            splits[name] = tokenise_texts(rows[name], labels, max_length, tokenizer)
+        else:
+            splits[name] = tokenise_for_lm(rows[name], max_length, tokenizer)
+        if not len(splits[name]):
+            field = "data.source" if name == "train" else f"data.{name}"
+            raise FieldError((field, f"no row of {name} has two tokens or more"))
+    return splits, int(tokenizer.pad_token_id)

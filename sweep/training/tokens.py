@@ -1,0 +1,189 @@
+"""Rows to token arrays: classification texts, running text in chunks, prompts and completions, conversations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sweep.study.errors import FieldError
+from sweep.training.locate import first_line, quiet
+from sweep.training.sources import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS_AT_ONCE = 2048  # bounds the memory that the tokenizer's own records take
+_CHARACTERS_A_TOKEN = 16  # ample: running text has four or five
+_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
+Encoded = tuple[list[int], list[int]]  # token ids, and 1 where the token is a target
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split, without padding.
+
+    input_ids: int32, the tokens of all rows, concatenated.
+    offsets: int64 (rows + 1,): row i is input_ids[offsets[i]:offsets[i + 1]].
+    labels: int64 (rows,), an index into the classes; for causal-lm int8, concatenated like input_ids, 1 where the token
+    is a target (the first token of a row never is: nothing predicts it).
+    """
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def tokenise_texts(
+    rows: Sequence[Row], labels: tuple[str, ...], max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> Split:
+    """Classification: each text with the tokenizer's special tokens, truncated at max_length."""
+    ids: list[list[int]] = []
+    for batch in _batches(rows):
+        texts = [row["text"] for row in batch]
+        heads = [_head(text, max_length) for text in texts] if tokenizer.is_fast else texts
+        with quiet():
+            found = tokenizer(heads, truncation=True, max_length=max_length)
+            for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
+                filled = head is text or found.encodings[i].overflowing
+                one = found["input_ids"][i]
+                ids.append(one if filled else tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+    index = {label: i for i, label in enumerate(labels)}
+    return _pack(ids, np.array([index[row["label"]] for row in rows], dtype=np.int64))
+
+
+def tokenise_for_lm(rows: Sequence[Row], max_length: int, tokenizer: PreTrainedTokenizerBase) -> Split:
+    """Causal-lm: the tokens of each row, and which of them are targets.
+
+    `text`: all tokens, end-of-text appended, cut into consecutive chunks of max_length, so that nothing is lost; a last
+    chunk of one token is dropped. `prompt` and `completion`: the two are joined as they stand, targets are the
+    completion and the end of text. `messages`: the tokenizer's chat template, targets are the assistant's turns.
+    A prompt that is too long loses its beginning; only then does an answer lose its end.
+    Raises FieldError on `model` or `data.messages`.
+    """
+    if not tokenizer.is_fast:
+        raise FieldError(("model", "causal-lm needs a fast tokenizer (a tokenizer.json): this one has no offsets"))
+    rows_out: list[Encoded] = []
+    start, end = _start(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for batch in _batches(rows):
+        if "messages" in batch[0]:
+            encoded, fixed = _encode_messages(batch, tokenizer), 0
+        else:
+            spans = [_text_and_targets(row) for row in batch]
+            encoded = [
+                (start + ids + end, [0] * len(start) + targets + [1] * len(end))
+                for ids, targets in _encode(spans, tokenizer)
+            ]
+            fixed = len(start)
+        for ids, targets in encoded:
+            if "text" in batch[0]:
+                cuts = range(0, len(ids), max_length)
+                rows_out += [(ids[at : at + max_length], targets[at : at + max_length]) for at in cuts]
+            else:
+                rows_out.append(_fit(ids, targets, fixed, max_length))
+    rows_out = [(ids, [0, *targets[1:]]) for ids, targets in rows_out if len(ids) > 1]
+    flat = [flag for _, targets in rows_out for flag in targets]
+    return _pack([ids for ids, _ in rows_out], np.array(flat, dtype=np.int8))
+
+
+def _pack(ids: Sequence[Sequence[int]], labels: np.ndarray) -> Split:
+    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in ids], out=offsets[1:])
+    flat = np.fromiter((token for row in ids for token in row), dtype=np.int32, count=int(offsets[-1]))
+    return Split(flat, offsets, labels)
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for at in range(0, len(rows), _ROWS_AT_ONCE):
+        yield rows[at : at + _ROWS_AT_ONCE]
+
+
+def _head(text: str, max_length: int) -> str:
+    """The beginning of a text, up to a space, that nearly always fills max_length: tokenising the rest is waste."""
+    enough = _CHARACTERS_A_TOKEN * max_length
+    space = text.rfind(" ", 0, enough)
+    return text[:space] if len(text) > enough and space > 0 else text
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-text token, where this tokenizer puts one."""
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def _text_and_targets(row: Row) -> tuple[str, list[tuple[int, int]]]:
+    """The row as one text, and the stretches of it that are to be learnt."""
+    if "text" in row:
+        return row["text"], [(0, len(row["text"]))]
+    text = row["prompt"] + row["completion"]
+    return text, [(len(row["prompt"]), len(text))]
+
+
+def _encode(
+    texts: Sequence[tuple[str, list[tuple[int, int]]]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Encoded]:
+    """A token is a target where it reaches into one of the text's stretches."""
+    with quiet():
+        found = tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
+    for ids, places, (_, spans) in zip(found["input_ids"], found["offset_mapping"], texts, strict=True):
+        yield ids, [int(any(b > low and a < high for low, high in spans)) for a, b in places]
+
+
+def _fit(ids: list[int], targets: list[int], fixed: int, max_length: int) -> Encoded:
+    """At most max_length tokens: the prompt loses its beginning, after the `fixed` first tokens, then the end goes."""
+    prompt = targets.index(1) if 1 in targets else len(ids)
+    drop = min(max(0, len(ids) - max_length), max(0, prompt - fixed - 1))
+    keep = [*range(fixed), *range(fixed + drop, len(ids))][:max_length]
+    return [ids[i] for i in keep], [targets[i] for i in keep]
+
+
+def _encode_messages(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    template = tokenizer.chat_template
+    if not template:
+        raise FieldError(("data.messages", "the model's tokenizer has no chat template: use prompt and completion"))
+    conversations = [_up_to_last_answer(row["messages"]) for row in rows]
+    try:
+        if isinstance(template, str) and _MARKS_ANSWERS.search(template):
+            found = [
+                tokenizer.apply_chat_template(c, return_dict=True, return_assistant_tokens_mask=True)
+                for c in conversations
+            ]
+            return [(list(one["input_ids"]), list(one["assistant_masks"])) for one in found]
+        texts = [_render(conversation, tokenizer) for conversation in conversations]
+    except FieldError:
+        raise
+    except Exception as error:  # templates raise what they like, about roles above all
+        raise FieldError(("data.messages", f"the model's chat template refuses them: {first_line(error)}")) from None
+    return list(_encode(texts, tokenizer))
+
+
+def _up_to_last_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[0] == 0:
+        raise FieldError(("data.messages", f"no assistant answers anything in {str(messages)[:80]}…"))
+    return messages[: answers[-1] + 1]
+
+
+def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and where the assistant's turns stand: what each adds to the conversation before it."""
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = str(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
+            after = str(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)).rstrip()
+            if not (text.startswith(after) and after.startswith(before)):
+                why = "the model's chat template rewrites earlier turns, so answers cannot be told from prompts"
+                raise FieldError(("data.messages", why))
+            spans.append((len(before), len(after)))
+    return text, spans
