@@ -16,8 +16,16 @@ from sweep.study.file import read_study
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, Measurement, TrialSpec, Unit
 from sweep.study.schema import Study
-from sweep.tracking.journal import StudyRecord, TrialRecord, append, append_asked, append_end, append_rung
-from sweep.tracking.journal import read_study_record, to_json
+from sweep.tracking.journal import (
+    StudyRecord,
+    TrialRecord,
+    append,
+    append_asked,
+    append_end,
+    append_rung,
+    read_study_record,
+    to_json,
+)
 from sweep.training.prepare import prepare
 from sweep.training.rung import train_rung
 

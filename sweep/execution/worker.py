@@ -10,7 +10,7 @@ from sweep.study.records import Cost, Measurement, Prepared, Setup, Unit
 
 
 def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
-    """Load model and data, check the arms against them, choose precision, attention and pack size. Raises FieldError."""
+    """Load model and data, check the arms, choose precision, attention and pack size. Raises FieldError."""
     from sweep.training.prepare import prepare
 
     return prepare(setup, arms)

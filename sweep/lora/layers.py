@@ -99,7 +99,7 @@ def dropout_keep(shape: torch.Size, keys: DropoutKeys, layer: int) -> Tensor:
     the place is (row, position, feature), and none of them depends on the pack.
     """
     device = keys.seeds_K.device
-    trials, rows, *middle, features = shape
+    _, rows, *middle, features = shape
     positions = middle[0] if middle else 1
     state = _mix(keys.seeds_K + 0x9E3779B9 * (keys.step + 1) + 0x85EBCA6B * (layer + 1))[:, None, None, None]
     state = _mix(state + torch.arange(rows, device=device)[:, None, None] * 0x27D4EB2F)

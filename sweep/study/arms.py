@@ -50,7 +50,7 @@ def full_arm() -> Arm:
 def lora_arms(
     ranks: list[int], alpha_ratios: list[float], methods: list[str], target_modules: list[tuple[str, ...]]
 ) -> tuple[Arm, ...]:
-    """Every combination, smallest rank first. A name says the method and the modules only where the study varies them."""
+    """Every combination, smallest rank first. Names say method and modules only where the study varies them."""
     arms = []
     for r in sorted(ranks):
         for modules in target_modules:

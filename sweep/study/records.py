@@ -77,7 +77,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """A trial: an arm, its learning rate and a seed. `number` is Optuna's, `folder` holds its journal and checkpoints."""
+    """An arm, its learning rate and a seed. `number` is Optuna's; `folder` holds its journal and checkpoints."""
 
     number: int
     arm: Arm

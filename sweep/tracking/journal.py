@@ -64,7 +64,9 @@ class TrialRecord:
     @property
     def eval_curve(self) -> list[tuple[int, float]]:
         """(step, validation loss), a point a rung."""
-        return [(r.measurement.stop, r.measurement.eval_loss) for r in self.rungs if r.measurement.eval_loss is not None]
+        return [
+            (r.measurement.stop, r.measurement.eval_loss) for r in self.rungs if r.measurement.eval_loss is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         try:
             events.append(json.loads(line))
         except ValueError:
-            raise ValueError(f"{path}: line {number} is damaged; restore the file or remove that trial's folder") from None
+            raise ValueError(
+                f"{path}: line {number} is damaged; restore the file or remove that trial's folder"
+            ) from None
     return events
 
 
@@ -140,8 +144,11 @@ def read_trial(folder: Path) -> TrialRecord | None:
 
 
 def read_study_record(folder: StudyFolder) -> StudyRecord:
-    prepared, costs, finalists, warnings = None, {}, (), []
-    finished_at = None
+    prepared: Prepared | None = None
+    costs: dict[str, Cost] = {}
+    finalists: tuple[tuple[str, float], ...] = ()
+    warnings: list[str] = []
+    finished_at: float | None = None
     sessions: list[tuple[float, float]] = []
     events = read_events(folder.journal)
     for event in events:
@@ -187,4 +194,3 @@ def _cut_torn_line(file: Any) -> None:
     whole = file.read().rfind(b"\n") + 1
     file.truncate(whole)
     file.seek(whole)
-

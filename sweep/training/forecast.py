@@ -71,6 +71,6 @@ def _forward(setup: Setup, prepared: Prepared, trial: TrialSpec, trainee: Traine
         began = time.perf_counter()
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            float(training_loss(trainee, batch, setup, prepared, step).sum())
+            training_loss(trainee, batch, setup, prepared, step).sum().item()
         seconds = time.perf_counter() - began
     return seconds, sum(kept.values())

@@ -1,0 +1,73 @@
+"""Where MLflow keeps its view, and how we reach it without noise, long waits or two hands on a new database."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweep.study.home import Home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# Set before mlflow is imported, and only where the user has not: a server that is down must not hold us for minutes
+# (the projector tries again by itself), and nothing is printed over the live table.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where MLflow keeps its view."""
+
+    uri: str
+    artifacts: str | None  # folder for artifacts where we write to a database ourselves; None: the server decides
+
+
+def find_tracking(home: Home) -> Tracking:
+    """`$MLFLOW_TRACKING_URI`, else SQLite in the home."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or home.mlflow_url
+    return Tracking(uri, str(home.mlflow_artifacts) if is_database(uri) else None)
+
+
+def connect(tracking: Tracking) -> MlflowClient:
+    """A client; a new SQLite database is made first."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for logger in ("mlflow", "alembic"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    # Two processes that initialise one new database at once break it; several drivers may share a home.
+    sqlite = tracking.uri.startswith("sqlite:///")
+    with locked(Path(tracking.uri.removeprefix("sqlite:///") + ".lock")) if sqlite else nullcontext():
+        return MlflowClient(tracking_uri=tracking.uri)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; it is free again when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_database(uri: str) -> bool:
+    return uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
+
+
+def without_credentials(text: str) -> str:
+    """`text` with user and password cut out of every URL."""
+    return re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)

@@ -1,0 +1,145 @@
+"""The journal's projection into MLflow: a view that can be rebuilt from the journal, and never in training's way.
+
+One experiment a study, one parent run, one child run a trial.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from sweep.study.home import Home, StudyFolder
+from sweep.study.schema import Study
+from sweep.tracking.connection import Tracking, connect, find_tracking, is_database, locked, without_credentials
+from sweep.tracking.journal import read_events
+from sweep.tracking.view import Outcome, View, open_view, update
+
+__all__ = [
+    "Projector",
+    "Tracking",
+    "dashboard_address",
+    "dashboard_command",
+    "dashboard_environment",
+    "find_tracking",
+    "project",
+]
+
+EVERY_S = 3.0
+
+
+def project(
+    study: Study,
+    folder: StudyFolder,
+    tracking: Tracking,
+    report: Path | None = None,
+    adapter: Path | None = None,
+    recommendation: str = "",
+) -> None:
+    """Bring MLflow up to date with the whole journal; a second time changes nothing.
+
+    report, adapter: folders that become the parent run's artifacts `report/` and `adapter/`; a report ends that run.
+    Raises whatever MLflow raises.
+    """
+    _project(None, study, folder, tracking, Outcome(report, adapter, recommendation))
+
+
+class Projector:
+    """Projects every few seconds, in a background thread, while the driver runs. Errors never leave it."""
+
+    def __init__(self, study: Study, folder: StudyFolder, tracking: Tracking):
+        self._study, self._folder, self._tracking = study, folder, tracking
+        self._outcome = Outcome()
+        self._finishing = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="mlflow-projector", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(
+        self,
+        timeout_s: float,
+        report: Path | None = None,
+        adapter: Path | None = None,
+        recommendation: str = "",
+    ) -> str | None:
+        """Project a last time and stop; a one-line warning where MLflow could not be brought up to date in time."""
+        self._outcome = Outcome(report, adapter, recommendation)
+        self._finishing.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            reason = f"not done within {timeout_s:g} s" + (f"; {_one_line(self._error)}" if self._error else "")
+        elif self._error:
+            reason = _one_line(self._error)
+        else:
+            return None
+        return (
+            f"MLflow at {without_credentials(self._tracking.uri)} is not up to date ({reason}). "
+            "Nothing is lost: the same `sweep run` command brings it up to date later."
+        )
+
+    def _run(self) -> None:
+        view, pause = None, EVERY_S
+        while True:
+            last = self._finishing.wait(pause)
+            began = time.monotonic()
+            try:
+                view = _project(view, self._study, self._folder, self._tracking, self._outcome)
+                self._error = None
+            except Exception as error:  # whatever it was, training goes on and the next projection tries again
+                view, self._error = None, error
+            if last:
+                return
+            pause = max(EVERY_S, 10 * (time.monotonic() - began))  # at most a tenth of one core
+
+
+def dashboard_command(home: Home, port: int) -> list[str]:
+    """The command that serves the MLflow UI over what was tracked; run it with `dashboard_environment`.
+
+    Raises ValueError where tracking goes to a server, which has a UI of its own: see `dashboard_address`.
+    """
+    tracking = find_tracking(home)
+    if not is_database(tracking.uri):
+        raise ValueError(f"MLflow runs at {without_credentials(tracking.uri)}: open that address")
+    connect(tracking)  # a new database is initialised under our lock, not by a server beside a running study
+    artifacts = str(home.mlflow_artifacts)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return [*command, "--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
+
+
+def dashboard_environment(home: Home) -> dict[str, str]:
+    """The environment for `dashboard_command`; the database's URI goes here because arguments are seen by everyone."""
+    ours = {
+        "MLFLOW_BACKEND_STORE_URI": find_tracking(home).uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # we run no jobs, and they take 1.5 GB
+    }
+    return {**os.environ, **ours}
+
+
+def dashboard_address(home: Home, port: int, study: str | None = None) -> str:
+    """Where a browser finds the UI, the tracking server's own or ours; with a study that was tracked, its runs."""
+    tracking = find_tracking(home)
+    root = f"http://127.0.0.1:{port}" if is_database(tracking.uri) else without_credentials(tracking.uri).rstrip("/")
+    experiment = connect(tracking).get_experiment_by_name(study) if study else None
+    page = f"/{experiment.experiment_id}/runs" if experiment else ""
+    # Without the workflow MLflow's UI opens on its pages for chat traces, which are empty here.
+    return f"{root}/#/experiments{page}?workflowType=machine_learning"
+
+
+def _project(view: View | None, study: Study, folder: StudyFolder, tracking: Tracking, outcome: Outcome) -> View | None:
+    events = read_events(folder.journal)
+    if not events:
+        return None
+    with locked(folder.path / "mlflow.lock"):
+        view = view or open_view(connect(tracking), study, events[0]["time"], tracking)
+        update(view, study, folder, outcome)
+        return view
+
+
+def _one_line(error: Exception | None) -> str:
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return without_credentials(line)[:200]

