@@ -1,0 +1,219 @@
+"""What to do next: ask, pack, submit, report, prune, tell; the search, the confirm phase, the cost of each arm."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sweep.driver.groups import Group, form_groups, group_steps, judge_group, steps_ahead
+from sweep.driver.packing import Pack, Ready, halves, plan_packs
+from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
+from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
+from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
+from sweep.driver.session import Session, ask, end, settle, warn
+from sweep.driver.storage import StorageError, open_ledger, open_storage
+from sweep.driver.takeup import match_trials, take_up
+from sweep.execution.executor import Executor
+from sweep.execution.worker import Work
+from sweep.study.home import StudyFolder
+from sweep.study.records import CONFIRM, DIVERGED, FAILED, PRUNED, Cost, Prepared, Unit, to_json
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord, append, read_study_record
+
+__all__ = ["Busy", "Progress", "QuestionChanged", "StorageError", "run_study"]
+
+
+def run_study(
+    study: Study,
+    folder: StudyFolder,
+    executor: Executor,
+    storage_url: str,
+    cache: Path,
+    work: Work = Work(),
+    listen: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Run a study, or take it up where it stopped; once it is finished, change nothing.
+
+    Failed trials do not end it: the journal tells of them. Raises Busy, QuestionChanged, StorageError, OSError where
+    the home cannot be written, and what `work.prepare` raises about the study. It may be killed at any point.
+    """
+    with hold_lock(folder) as lock:
+        known = read_study_record(folder)
+        if known.prepared is not None:  # until then nothing has run, and the question may still be mended
+            refuse_other_question(study, folder)
+        if known.finished_at is not None:
+            listen(_finished(study, known))
+            return
+        name_holder(lock)
+        ledger = open_ledger(study, open_storage(storage_url), fresh=known.prepared is None)
+        write_question(study, folder)
+        append(folder.journal, "started", versions=_versions())
+        records = match_trials(ledger, known.trials)
+        session = Session(
+            study=study,
+            folder=folder,
+            executor=executor,
+            work=work,
+            setup=study.setup(str(cache)),
+            ledger=ledger,
+            listen=listen,
+            tally=start_tally(study, records.values(), known.finalists),
+            records=records,
+            warnings=set(known.warnings),
+        )
+        take_up(session)
+        session.tally.steps_left = steps_ahead(study, records, known.finalists)
+        prepared = known.prepared or _prepare(session)
+        slots = search_slots(study)
+        _run_phase(session, prepared, slots, study.search.keep)
+        finalists = known.finalists or _choose(session, slots)
+        _run_phase(session, prepared, confirm_slots(study, finalists), keep=1.0)
+        _probe_costs(session, prepared, known.costs)
+        append(folder.journal, "finished")
+        session.tally.phase = "done"
+        session.say("finished")
+
+
+def _prepare(session: Session) -> Prepared:
+    session.say("reading the model and the data")
+    arms = session.study.list_arms()
+    prepared: Prepared = session.executor.submit(session.work.prepare, session.setup, arms).result()
+    append(session.folder.journal, "prepared", prepared=to_json(prepared))
+    session.say(f"packs of up to {prepared.pack_size} trials in {prepared.precision} on {prepared.device}")
+    return prepared
+
+
+def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], keep: float) -> None:
+    """Bring every slot's trial to its end, rung by rung, pack by pack."""
+    if not slots:
+        return
+    session.tally.phase = slots[0].phase
+    groups = form_groups(slots, session.study.rungs, keep)
+    group_of = {index: group for group in groups for index in group.slots}
+    ready = [member for group in groups for member in _judge(session, group)]
+    packs: deque[Pack] = deque()
+    running: dict[Future[Any], Pack] = {}
+    while ready or packs or running:
+        while (ready or packs) and len(running) < session.executor.slots:
+            if not packs:
+                packs.extend(plan_packs(ready, prepared.pack_size))
+                ready = []
+            pack = packs.popleft()
+            running[_submit(session, prepared, pack)] = pack
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            pack = running.pop(future)
+            session.tally.running -= len(pack.slots)
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error  # an interrupt that reached the worker
+            if error is not None and len(pack.slots) > 1:
+                packs.extendleft(reversed(halves(pack)))
+                session.say(f"{_trials(pack)} failed together and are tried in halves: {_one_line(error)}")
+                continue
+            if error is not None:
+                end(session, pack.slots[0].name, FAILED, _one_line(error))
+                message = f"{_trials(pack)} failed: {_one_line(error)}"
+            else:
+                for slot, measurement in zip(pack.slots, future.result(), strict=True):
+                    settle(session, slot.name, measurement)
+                message = f"{_trials(pack)} reached step {pack.stop}"
+            for slot in pack.slots:
+                ready += _leave_rung(session, slot, group_of[slot.index])
+            session.say(message)
+
+
+def _submit(session: Session, prepared: Prepared, pack: Pack) -> Future[Any]:
+    """Ask those of the pack's trials that are new, and start its rung."""
+    trials = tuple(ask(session, slot).spec for slot in pack.slots)
+    test = pack.slots[0].phase == CONFIRM and pack.stop == session.study.train.steps
+    tally = session.tally
+    tally.session_start = tally.session_start or time.monotonic()
+    tally.running += len(trials)
+    session.say(f"training {_trials(pack)} from step {pack.start} to {pack.stop}")
+    return session.executor.submit(
+        session.work.train_rung, Unit(session.setup, prepared, trials, pack.start, pack.stop, test)
+    )
+
+
+def _leave_rung(session: Session, slot: Slot, group: Group) -> list[Ready]:
+    """Count a trial whose rung is over; the last of its group lets the group be judged. Returns who may go on."""
+    before = group_steps(group)
+    group.on_their_way -= 1
+    if session.records[slot.name].state in (DIVERGED, FAILED):
+        group.alive -= 1
+    session.tally.steps_left += group_steps(group) - before
+    return [] if group.on_their_way else _judge(session, group)
+
+
+def _judge(session: Session, group: Group) -> list[Ready]:
+    """Prune a group none of whose trials is in training. Returns who may go on."""
+    before = group_steps(group) if group.rung else None
+    verdict = judge_group(group, session.records)
+    if before is not None:
+        session.tally.steps_left += group_steps(group) - before
+    for index, rung in verdict.pruned:
+        slot = group.slots[index]
+        whom = "full fine-tuning" if slot.arm.is_full else f"rank {slot.arm.r}"
+        end(session, slot.name, PRUNED, f"pruned at rung {rung}: others of {whom} had a lower validation loss")
+    start = max((rung for rung in group.rungs if rung < verdict.rung), default=0)
+    return [Ready(group.slots[index], start, verdict.rung) for index in verdict.go_on]
+
+
+def _choose(session: Session, slots: tuple[Slot, ...]) -> Finalists:
+    """Pick the finalists and write them down."""
+    finalists, warnings = pick_finalists(session.study, slots, session.records)
+    for message in warnings:
+        warn(session, message)
+    append(session.folder.journal, "finalists", finalists=[list(entry) for entry in finalists])
+    tally = session.tally
+    tally.total = len(slots) + (confirm_trials(session.study, finalists) if finalists else 0)
+    tally.steps_left = steps_ahead(session.study, session.records, finalists) if finalists else 0
+    session.say("finalists: " + (", ".join(f"{arm} at {rate:g}" for arm, rate in finalists) or "none"))
+    return finalists
+
+
+def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -> None:
+    """What each arm costs alone, one at a time with nothing else running."""
+    session.tally.phase = "cost"
+    arms = {arm.cost_key: arm for arm in reversed(session.study.list_arms()) if arm.cost_key not in known}
+    for key, arm in reversed(arms.items()):
+        session.say(f"measuring the cost of {key}")
+        try:
+            cost: Cost = session.executor.submit(session.work.probe, session.setup, prepared, arm).result()
+        except Exception as error:
+            warn(session, f"the cost of {key} could not be measured: {_one_line(error)}")
+            continue
+        append(session.folder.journal, "cost", cost=to_json(cost))
+
+
+def _finished(study: Study, known: StudyRecord) -> Progress:
+    tally = start_tally(study, known.trials, known.finalists)
+    tally.phase, tally.total = "done", len(known.trials)
+    return snapshot(tally, "the study is finished; nothing to do")
+
+
+def _trials(pack: Pack) -> str:
+    names = list(dict.fromkeys(slot.arm.name for slot in pack.slots))
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return f"{len(pack.slots)} trial{'s' if len(pack.slots) > 1 else ''} ({shown})"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].rstrip(": ")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("sweep", "optuna"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout
+            continue
+    return versions

@@ -1,0 +1,108 @@
+"""What a study will ask: the slots of each phase, and which of the search's arms are confirmed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sweep.study.arms import Arm
+from sweep.study.records import CONFIRM, DIVERGED, FAILED, SEARCH
+from sweep.study.schema import Range, Study, rate_values
+from sweep.tracking.journal import TrialRecord
+
+Finalists = tuple[tuple[str, float], ...]  # (arm name, learning rate)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A cell of the plan, which becomes one trial. `name` finds that trial again when the study is taken up."""
+
+    index: int  # place in the plan: slots are asked in this order
+    name: str
+    phase: str
+    arm: Arm
+    draw: int  # search: which of the arm's rates this is
+    rate: float | None  # None: drawn by the sampler when the trial is asked
+    seed: int
+
+
+def search_slots(study: Study) -> tuple[Slot, ...]:
+    """Every arm with each of its learning rates.
+
+    A grid goes rank by rank, so that packs have few ranks. A sampler learns from an arm's earlier rates: first rates
+    of all arms first. Full fine-tuning comes last.
+    """
+    grid = study.search.sampler == "grid"
+    cells = []
+    for place, arm in enumerate(study.list_arms()):
+        for draw, rate in enumerate(rate_values(study.rates(arm))):
+            order = (arm.is_full, arm.r, draw, place) if grid else (arm.is_full, draw, place)
+            cells.append((order, arm, draw, rate if grid else None))
+    return tuple(
+        Slot(index, search_slot(arm, draw), SEARCH, arm, draw, rate, study.search.seed)
+        for index, (_, arm, draw, rate) in enumerate(sorted(cells, key=lambda cell: cell[0]))
+    )
+
+
+def confirm_slots(study: Study, finalists: Finalists) -> tuple[Slot, ...]:
+    """Every finalist with each of the fresh seeds."""
+    arms = {arm.name: arm for arm in study.list_arms()}
+    cells = [(arms[name], rate, seed) for name, rate in finalists for seed in study.confirm.seeds]
+    return tuple(
+        Slot(index, confirm_slot(arm, seed), CONFIRM, arm, 0, rate, seed)
+        for index, (arm, rate, seed) in enumerate(cells)
+    )
+
+
+def search_slot(arm: Arm, draw: int) -> str:
+    return f"{SEARCH}/{arm.name}/{draw}"
+
+
+def confirm_slot(arm: Arm, seed: int) -> str:
+    return f"{CONFIRM}/{arm.name}/{seed}"
+
+
+def finalist_groups(study: Study) -> dict[str, list[Arm]]:
+    """The arms of which one each goes to the confirm phase, by the name a message gives the group."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in study.list_arms():
+        if study.confirm.finalists == "arm":
+            groups[f"arm {arm.name}"] = [arm]
+        else:
+            groups.setdefault("full fine-tuning" if arm.is_full else f"rank {arm.r}", []).append(arm)
+    return groups
+
+
+def pick_finalists(
+    study: Study, slots: Sequence[Slot], records: Mapping[str, TrialRecord]
+) -> tuple[Finalists, list[str]]:
+    """For each rank, or each arm, the arm and rate with the lowest loss at the last rung; and a warning where none is.
+
+    An arm all of whose trials were pruned is represented by its trial with the most steps, and of those the lowest
+    loss. Diverged and failed trials are never finalists.
+    """
+    measured: dict[str, list[tuple[int, float, int, float]]] = {}
+    for slot in slots:
+        record = records[slot.name]
+        if record.state in (DIVERGED, FAILED) or record.last is None or record.last.eval_loss is None:
+            continue
+        entry = (-record.step, record.last.eval_loss, slot.index, record.spec.learning_rate)
+        measured.setdefault(slot.arm.name, []).append(entry)
+    finalists, warnings = [], []
+    for name, arms in finalist_groups(study).items():
+        entries = [(entry, arm.name) for arm in arms for entry in measured.get(arm.name, [])]
+        if entries:
+            (_, _, _, rate), arm_name = min(entries)
+            finalists.append((arm_name, rate))
+        else:
+            warnings.append(f"{name} has no finalist: every trial of its search diverged or failed")
+    return tuple(finalists), warnings
+
+
+def rate_bounds(study: Study) -> tuple[float, float]:
+    """The lowest and highest learning rate that any arm may get."""
+    every: list[float] = []
+    for arm in study.list_arms():
+        rates = study.rates(arm)
+        every += rate_values(rates) + ([rates.low, rates.high] if isinstance(rates, Range) else [])
+    return min(every), max(every)

@@ -1,0 +1,103 @@
+"""What one run of the command works with, and the writes that move a trial: journal first, then Optuna."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sweep.driver.checkpoints import tidy_checkpoints
+from sweep.driver.plan import Slot, search_slot
+from sweep.driver.progress import Progress, Tally, count_rung, snapshot
+from sweep.driver.sampling import draw_rate
+from sweep.driver.storage import Ledger, create_trial, report, tell
+from sweep.execution.executor import Executor
+from sweep.execution.worker import Work
+from sweep.study.home import StudyFolder
+from sweep.study.records import COMPLETE, DIVERGED, Measurement, Setup, TrialSpec
+from sweep.study.schema import Range, Study
+from sweep.tracking.journal import Rung, TrialRecord, append, append_asked, append_end, append_rung
+
+
+@dataclass(frozen=True)
+class Session:
+    study: Study
+    folder: StudyFolder
+    executor: Executor
+    work: Work
+    setup: Setup
+    ledger: Ledger
+    listen: Callable[[Progress], None]
+    tally: Tally
+    records: dict[str, TrialRecord]  # by slot name: what is known of every trial asked so far
+    warnings: set[str]  # already in the journal
+
+    def say(self, message: str) -> None:
+        self.listen(snapshot(self.tally, message))
+
+
+def warn(session: Session, message: str) -> None:
+    """Put a warning into the study's journal, once."""
+    if message not in session.warnings:
+        session.warnings.add(message)
+        append(session.folder.journal, "warning", message=message)
+
+
+def ask(session: Session, slot: Slot) -> TrialRecord:
+    """The slot's trial, created where there is none yet."""
+    if slot.name not in session.records:
+        rate = slot.rate if slot.rate is not None else _draw(session, slot)
+        number = create_trial(session.ledger, slot.arm, rate, slot.phase, slot.seed, slot.name)
+        folder = str(session.folder.trial(number))
+        start_record(session, slot.name, TrialSpec(number, slot.arm, rate, slot.seed, slot.phase, folder))
+    return session.records[slot.name]
+
+
+def start_record(session: Session, slot: str, spec: TrialSpec) -> None:
+    """Give a trial that Optuna knows its journal."""
+    append_asked(spec)
+    session.records[slot] = TrialRecord(spec, time.time())
+
+
+def settle(session: Session, slot: str, measurement: Measurement) -> None:
+    """Take up what a rung found for one trial."""
+    record = session.records[slot]
+    append_rung(record.spec, measurement)
+    record = replace(record, rungs=(*record.rungs, Rung(time.time(), measurement)))
+    session.records[slot] = record
+    count_rung(session.tally, record, measurement)
+    if measurement.eval_loss is not None:
+        report(session.ledger, record.spec.number, measurement.stop, measurement.eval_loss)
+    end_if_over(session, slot)
+    tidy_checkpoints(session.records[slot])
+
+
+def end_if_over(session: Session, slot: str) -> None:
+    """End a trial that diverged or has reached the last rung."""
+    record = session.records[slot]
+    last = record.last
+    if record.state is not None or last is None:
+        return
+    if last.diverged_at is not None:
+        end(session, slot, DIVERGED, f"diverged at step {last.diverged_at}")
+    elif last.stop == session.study.train.steps:
+        end(session, slot, COMPLETE)
+
+
+def end(session: Session, slot: str, state: str, reason: str = "") -> None:
+    """End a trial."""
+    record = session.records[slot]
+    append_end(record.spec, state, reason)
+    record = replace(record, state=state, reason=reason, ended_at=time.time())
+    session.records[slot] = record
+    session.tally.ends[state] += 1
+    tell(session.ledger, record.spec.number, state, record.last.eval_loss if record.last else None, reason)
+    tidy_checkpoints(record)
+
+
+def _draw(session: Session, slot: Slot) -> float:
+    rates = session.study.rates(slot.arm)
+    assert isinstance(rates, Range)  # the schema refuses a list with a sampler
+    earlier = [session.records.get(search_slot(slot.arm, draw)) for draw in range(slot.draw)]
+    known = [(r.spec.learning_rate, r.rungs[0].measurement.eval_loss if r.rungs else None) for r in earlier if r]
+    return draw_rate(session.study.search.sampler, session.study.search.seed, rates, known)
