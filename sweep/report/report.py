@@ -1,0 +1,141 @@
+"""The report: one self-contained HTML file, its Markdown twin, the trials as CSV and the figures."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
+from sweep.report.results import Findings
+from sweep.report.search_figures import loss_by_rate, rank_by_ratio
+from sweep.report.statistics import find
+from sweep.report.tables import confirmed_table, measured, search_table, write_trials
+from sweep.report.words import rate, without_paths
+from sweep.study.file import dump_study
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord
+
+
+def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
+    """Write report.html, report.md, trials.csv and figures/*.png into `to`. The same records give the same files.
+
+    Unfinished studies are reported as far as they went. Raises OSError where it cannot write.
+    """
+    findings = find(study, record)
+    folder = to / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):  # an earlier report may have had figures that this one has not
+        old.unlink()
+    drawn = [
+        draw(loss_by_rank, folder, study, findings),
+        draw(learning_curves, folder, study, record, findings),
+        draw(rank_by_ratio, folder, study, findings),
+        draw(loss_by_rate, folder, study, record, findings),
+        draw(memory, folder, study, record),
+        draw(pareto, folder, study, findings),
+    ]
+    view = _view(study, record, findings, [d for d in drawn if d is not None])
+    images = {d.name: _data_uri(folder / f"{d.name}.png") for d in drawn if d is not None}
+    templates = _templates()
+    html = templates.get_template("report.html").render(**view, images=images)
+    markdown = templates.get_template("report.md").render(**view)
+    (to / "report.html").write_text(html, encoding="utf-8")
+    (to / "report.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+    write_trials(record, to / "trials.csv")
+    return findings
+
+
+def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[Drawn]) -> dict[str, Any]:
+    """What both templates show."""
+    pick = findings.result(findings.recommended)
+    verdict = ""
+    if pick is not None:
+        verdict = (
+            "the reference itself"
+            if pick.verdict == "reference"
+            else f"{pick.verdict} to rank {study.confirm.reference}"
+        )
+    return {
+        "study": study,
+        "title": study.question or f"The study {study.name}",
+        "findings": findings,
+        "pick": pick,
+        "pick_facts": []
+        if pick is None
+        else [
+            ("rank", str(pick.arm.r)),
+            ("alpha ratio", f"{pick.arm.alpha_ratio:g}"),
+            ("learning rate", rate(pick.learning_rate)),
+            ("verdict", verdict),
+        ],
+        "confirmed": confirmed_table(study, findings),
+        "search": search_table(findings),
+        "figures": figures,
+        "measured": measured(study, record, findings),
+        "table_note": _table_note(study),
+        "limits": _limits(study, record),
+        # Where Optuna's storage lies is no part of the question, and its URL may hold a password.
+        "study_file": without_paths("".join(_without_storage(dump_study(study)))),
+    }
+
+
+def _table_note(study: Study) -> str:
+    reference, epsilon = study.confirm.reference, f"{study.confirm.epsilon:g}"
+    return (
+        f"Differences are paired by seed; a difference above 0 is a higher, worse loss. Non-inferior: shown to lie "
+        f"less than ε = {epsilon} above rank {reference} (one-sided paired t test at 5 %, from the largest rank down, "
+        f"stopping at the first that is not shown). Inferior: shown to lie more than ε above it (the same test, with "
+        f"Holm's correction). The intervals are two-sided at 95 % and so a little wider than what these tests need. "
+        "Memory, step time and parameters are from solo probes."
+    )
+
+
+def _limits(study: Study, record: StudyRecord) -> list[str]:
+    """What the numbers do not tell."""
+    device = record.prepared.device if record.prepared else ""
+    memory = "the resident high-water mark over the loaded base" if device.startswith("cpu") else "of the device"
+    return [
+        "Test losses come from one split of one data set: the intervals tell how much seeds matter, not how another "
+        "split or data set would turn out.",
+        "Nothing is said about longer training: the verdicts hold at the steps, the batch size and the schedule above.",
+        f"Cost is from a solo probe: the arm alone in a fresh process, a few steps after warm-up, the median step "
+        f"time. Peak memory is {memory}. Alpha is a factor and changes no cost, so arms of a rank share one.",
+        "Trials trained in packs; a pack's time and memory are joint and are not reported as any trial's own.",
+        "The exported adapter is chosen by validation loss among the confirm trials; the test split chooses nothing.",
+    ]
+
+
+def _without_storage(text: str) -> list[str]:
+    return [line for line in text.splitlines(keepends=True) if not line.startswith("storage:")]
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("sweep.report"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = _markdown
+    environment.filters["unbroken"] = _unbroken
+    return environment
+
+
+def _unbroken(text: str) -> str:
+    """No line ends between a number and its per cent sign."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown and its tables take as it stands."""
+    for sign in "\\|*_<`[":
+        text = text.replace(sign, "\\" + sign)
+    return text

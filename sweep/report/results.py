@@ -1,0 +1,54 @@
+"""What a study found, as plain records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sweep.report.intervals import Interval
+from sweep.report.search import Edge, SearchRow
+from sweep.study.arms import Arm
+from sweep.study.records import Cost
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """A finalist's confirm trials. Losses are test losses at the last step; differences are paired by seed."""
+
+    arm: Arm
+    learning_rate: float
+    seeds: tuple[int, ...]  # those that completed
+    test_losses: tuple[float, ...]  # by seed
+    metric_name: str  # accuracy or perplexity
+    metrics: tuple[float, ...]  # by seed
+    loss_mean: float  # NaN when no seed completed
+    loss_low: float | None  # 95 % t-interval; None under two seeds
+    loss_high: float | None
+    metric_mean: float
+    metric_low: float | None
+    metric_high: float | None
+    to_full: Interval | None  # arm − full fine-tuning; None without a common seed, and for full itself
+    to_reference: Interval | None  # arm − reference; None without a common seed, and for the reference itself
+    verdict: str | None  # non-inferior, inferior, inconclusive, reference; None for full, or without a reference
+    note: str  # why the verdict is what it is, where that is not plain
+    diverged_seeds: tuple[int, ...]  # left out of the means
+    failed_seeds: tuple[int, ...]  # left out of the means
+    trainable_params: int | None
+    cost: Cost | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    arms: tuple[ArmResult, ...]  # smallest rank first, full fine-tuning last
+    search: tuple[SearchRow, ...]  # one an arm; search scores choose and are not results
+    edges: tuple[Edge, ...]  # best learning rates on the edge of their grid
+    reference: str | None  # the arm that the others are held against, once it has a confirmed loss
+    recommended: str | None  # arm name
+    recommended_trial: int | None  # its confirm trial with the lowest validation loss
+    sentences: tuple[str, str]  # the recommendation
+    warnings: tuple[str, ...]
+    finished: bool
+    ended: int  # trials that ended, of
+    planned: int  # trials in all
+
+    def result(self, arm: str | None) -> ArmResult | None:
+        return next((r for r in self.arms if r.arm.name == arm), None)

@@ -1,0 +1,161 @@
+"""Figures of the search: they show how settings were chosen, and are not results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from sweep.report.figures import Drawn
+from sweep.report.results import Findings
+from sweep.report.search import SearchRow, search_trials
+from sweep.report.style import SERIES, SOFT, VERMILION, grid_of, hide_empty, loss_axis, new_figure, readable_log
+from sweep.report.words import apart, rate
+from sweep.study.records import COMPLETE, DIVERGED, PRUNED
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord, TrialRecord
+
+
+def rank_by_ratio(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
+    rows = [row for row in findings.search if not row.arm.is_full and row.trials]
+    scores = [row.best_loss for row in rows if row.best_loss is not None]
+    if not scores:
+        return None
+    groups = _groups(rows)
+    ranks, ratios = sorted({r.arm.r for r in rows}), sorted({r.arm.alpha_ratio for r in rows})
+    figure = new_figure(len(groups) * (0.75 + 0.55 * len(ratios)) + 0.3)
+    panels = figure.subplots(len(groups), 1, squeeze=False).ravel()
+    norm, cmap = Normalize(min(scores), max(scores)), colormaps["cividis_r"]
+    for axes, (title, members) in zip(panels, groups.items(), strict=True):
+        for row in members:
+            x, y = ranks.index(row.arm.r), ratios.index(row.arm.alpha_ratio)
+            _cell(axes, x, y, row, None if row.best_loss is None else cmap(norm(row.best_loss)))
+        axes.set_xlim(-0.5, len(ranks) - 0.5)
+        axes.set_ylim(-0.5, len(ratios) - 0.5)
+        axes.set_xticks(range(len(ranks)), [f"rank {r}" for r in ranks])
+        axes.set_yticks(range(len(ratios)), [f"alpha ratio {a:g}" for a in ratios])
+        axes.grid(False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        if len(groups) > 1:
+            axes.set_title(title)
+    values = "; ".join(f"{r.arm.name} {'none' if r.best_loss is None else f'{r.best_loss:.3f}'}" for r in rows)
+    return figure, Drawn(
+        "rank-by-ratio",
+        "Rank and alpha ratio in the search",
+        "Best validation loss of each arm at the last rung, with the learning rate that reached it; darker is higher. "
+        "These are search scores: they chose the finalists and are not results.",
+        f"Heat map of search scores over rank and alpha ratio. Best validation losses: {values}.",
+    )
+
+
+def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple[Figure, Drawn] | None:
+    arms = [row.arm for row in findings.search if row.trials]
+    losses = [
+        t.last.eval_loss for a in arms for t in search_trials(record, a.name) if t.last and t.last.eval_loss is not None
+    ]
+    if not losses:
+        return None
+    ranks = sorted({a.r for a in arms}, key=lambda r: (r == 0, r))
+    lines = sorted({apart(a, arms) for a in arms if not a.is_full}) or [""]
+    rows, columns = grid_of(len(ranks))
+    figure = new_figure(0.85 + 2.05 * rows)
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).ravel())
+    edges = {edge.arm for edge in findings.edges}
+    for axes, rank in zip(panels, ranks, strict=False):
+        here = [a for a in arms if a.r == rank]
+        axes.set_xscale("log")
+        tried = [x for row in findings.search if row.arm in here for x in row.rates]
+        air = (max(tried) / min(tried)) ** 0.12 if max(tried) > min(tried) else 2.0
+        axes.set_xlim(min(tried) / air, max(tried) * air)
+        _rate_ticks(axes, sorted(set(tried)))
+        for i, arm in enumerate(here):
+            aside = air ** (1.2 * (i - (len(here) - 1) / 2) / len(here))  # equal rates side by side, not on one another
+            colour = SOFT if arm.is_full else SERIES[lines.index(apart(arm, arms)) % len(SERIES)]
+            _rates(axes, search_trials(record, arm.name), colour, arm.name in edges, max(losses), aside)
+        axes.set_title("full fine-tuning" if rank == 0 else f"rank {rank}")
+    hide_empty(panels, len(ranks), columns)
+    loss_axis(panels[0], losses)
+    figure.supxlabel("learning rate (log scale)", fontsize=9.5, color=SOFT)
+    figure.supylabel("validation loss", fontsize=9.5, color=SOFT)
+    _legend(figure, panels[0], lines)
+    on_edge = f" Best on the edge of its grid: {', '.join(sorted(edges))}." if edges else " No best rate is on an edge."
+    return figure, Drawn(
+        "loss-by-learning-rate",
+        "Learning rates in the search",
+        "Validation loss of every search trial where it ended: filled at the last rung, hollow at an earlier rung "
+        "where it was pruned and so not comparable, a cross where it diverged; a ring marks a best rate on the edge of "
+        "its grid.",
+        f"Validation loss against learning rate, one panel for each rank.{on_edge}",
+    )
+
+
+def _groups(rows: Sequence[SearchRow]) -> dict[str, list[SearchRow]]:
+    """The arms that differ in rank and ratio only, by what they share."""
+    groups: dict[str, list[SearchRow]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.arm.method}, {' + '.join(row.arm.target_modules)}", []).append(row)
+    return groups
+
+
+def _cell(axes: Axes, x: int, y: int, row: SearchRow, colour: tuple[float, ...] | None) -> None:
+    if colour is None:
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc="#f4f4f4", ec="#cccccc", hatch="////", lw=0))
+        text = "all pruned" if row.pruned == row.trials else "none finished"
+        box = {"boxstyle": "round,pad=0.25", "fc": "#f4f4f4", "ec": "none"}
+        axes.text(x, y, text, ha="center", va="center", color=SOFT, fontsize=9, bbox=box)
+    else:
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=colour, ec="white", lw=2))
+        ink = "black" if np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
+        axes.text(x, y + 0.1, f"{row.best_loss:.3f}", ha="center", va="center", color=ink, fontsize=10.5, weight="bold")
+        axes.text(x, y - 0.24, f"rate {rate(row.best_rate or 0)}", ha="center", va="center", color=ink, fontsize=8.5)
+
+
+def _rates(axes: Axes, trials: Sequence[TrialRecord], colour: str, edge: bool, top: float, aside: float) -> None:
+    points = sorted(
+        (t.spec.learning_rate * aside, t.last.eval_loss, t.state)
+        for t in trials
+        if t.last is not None and t.last.eval_loss is not None and t.state != DIVERGED
+    )
+    finished = [(x, y) for x, y, state in points if state == COMPLETE]
+    axes.plot([x for x, _ in finished], [y for _, y in finished], color=colour, lw=1.2, alpha=0.6)
+    for x, y, state in points:
+        full = state == COMPLETE
+        axes.plot([x], [y], "o", color=colour, ms=6, mfc=colour if full else "white", mew=1.3)
+    for trial in trials:
+        if trial.state == DIVERGED:
+            axes.plot([trial.spec.learning_rate * aside], [top], "x", color=colour, ms=7, mew=1.8)
+    if edge and finished:
+        x, y = min(finished, key=lambda point: point[1])
+        axes.plot([x], [y], "o", ms=13, mfc="none", mec=VERMILION, mew=1.4)
+
+
+def _rate_ticks(axes: Axes, tried: Sequence[float]) -> None:
+    """A tick at each rate that was tried, while there are few."""
+    readable_log(axes.xaxis, tried[0], tried[-1])
+    if len(tried) <= 4:
+        axes.set_xticks(list(tried), [f"{x:.2g}" for x in tried])
+
+
+def _legend(figure: Figure, axes: Axes, lines: Sequence[str]) -> None:
+    handles = [
+        axes.plot([], [], "o-", color=SERIES[i % len(SERIES)], ms=5, label=line)[0]
+        for i, line in enumerate(lines)
+        if line
+    ]
+    for marker, fill, label in (("o", "white", PRUNED), ("x", "white", DIVERGED)):
+        handles += axes.plot([], [], marker, color=SOFT, mfc=fill, mew=1.4, ls="", label=label)
+    handles += axes.plot([], [], "o", ms=11, mfc="none", mec=VERMILION, mew=1.4, ls="", label="on the edge")
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=min(4 if len(handles) > 5 else 5, len(handles)),
+        fontsize=8.5,
+        handlelength=1.6,
+        columnspacing=1.4,
+    )

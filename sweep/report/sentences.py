@@ -1,0 +1,108 @@
+"""The recommendation in two sentences: what to use and why, and what it saves and costs."""
+
+from __future__ import annotations
+
+from sweep.report.intervals import Interval
+from sweep.report.results import ArmResult, Findings
+from sweep.report.words import arm_title, join, loss_decimals, number, plural, rate, share, signed, span
+from sweep.study.schema import Study
+
+
+def recommendation(study: Study, findings: Findings) -> tuple[str, str]:
+    """Two sentences made of the findings alone, so that the same data always give the same words."""
+    pick = findings.result(findings.recommended)
+    so_far = "" if findings.finished else f"Not final, {findings.ended} of {findings.planned} trials: "
+    if pick is None:
+        return _nothing_yet(study, findings)
+    if pick.arm.r == study.confirm.reference:
+        first = _stay(study, findings, pick)
+    else:
+        first = _go_smaller(study, pick)
+    return so_far + (_lower(first) if so_far else first), _saves_and_loses(study, findings, pick)
+
+
+def _nothing_yet(study: Study, findings: Findings) -> tuple[str, str]:
+    if findings.arms:
+        first = f"No recommendation yet: the reference, rank {study.confirm.reference}, has no confirmed loss."
+    else:
+        first = "No recommendation yet: no confirm trial has ended, and search scores choose but are not results."
+    n = f"{findings.ended} of {plural(findings.planned, 'trial')} {'has' if findings.ended == 1 else 'have'} ended"
+    return first, f"So far {n}." if not findings.finished else f"{n}, and the study is over."
+
+
+def _go_smaller(study: Study, pick: ArmResult) -> str:
+    pairs = pick.to_reference
+    assert pairs is not None  # a verdict needs pairs
+    decimals, reference = loss_decimals(study.confirm.epsilon), study.confirm.reference
+    return (
+        f"Use {_setting(study, pick)}: it is the smallest rank shown non-inferior to rank {reference}, its test "
+        f"loss differing by at most {signed(pairs.upper, decimals)} (one-sided 95 % bound, {pairs.n} paired seeds), "
+        f"within the declared ε of {study.confirm.epsilon:g}."
+    )
+
+
+def _stay(study: Study, findings: Findings, pick: ArmResult) -> str:
+    smaller = [r for r in findings.arms if not r.arm.is_full and r.arm.r < pick.arm.r]
+    opening = f"Stay with the reference, {_setting(study, pick)}"
+    if not smaller:
+        return f"{opening}: no smaller rank was confirmed."
+    seeds = max(len(r.seeds) for r in findings.arms)
+    if seeds < 2:
+        return f"{opening}: with one confirm seed there is no interval, so no smaller rank can be shown non-inferior."
+    decimals = loss_decimals(study.confirm.epsilon)
+    nearest = max(smaller, key=lambda r: r.arm.r)
+    bound = nearest.to_reference.upper if nearest.to_reference else None
+    reason = (
+        f"; the loss of rank {nearest.arm.r} may differ by up to {signed(bound, decimals)} (one-sided 95 % bound over "
+        f"{plural(len(nearest.seeds), 'paired seed')})"
+        if bound is not None
+        else ""
+    )
+    epsilon = f"{study.confirm.epsilon:g}"
+    return f"{opening}: no smaller rank was shown non-inferior to it within the declared ε of {epsilon}{reason}."
+
+
+def _saves_and_loses(study: Study, findings: Findings, pick: ArmResult) -> str:
+    reference = findings.result(findings.reference)
+    full = next((r for r in findings.arms if r.arm.is_full and r.seeds), None)
+    parts = []
+    if reference is not None and reference.arm.name != pick.arm.name:
+        needs = _needs(pick, reference)
+        if needs:
+            parts.append(f"against rank {reference.arm.r} it needs {needs}")
+    if full is not None and pick.to_full is not None:
+        needs, loses = _needs(pick, full), _loses(pick.to_full, loss_decimals(study.confirm.epsilon))
+        parts.append(f"against full fine-tuning {f'it needs {needs}, and ' if needs else ''}{loses}")
+    elif full is None:
+        missing = "has no confirmed loss" if study.arms.full_finetuning else "was not part of this study"
+        parts.append(f"full fine-tuning {missing}, so what is given up against it is unknown")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else "Its cost has not been measured."
+
+
+def _needs(ours: ArmResult, theirs: ArmResult) -> str:
+    """Shares of the other arm's cost, from the solo probes."""
+    parts = []
+    if ours.trainable_params and theirs.trainable_params:
+        parts.append(f"{share(ours.trainable_params, theirs.trainable_params)} of the trainable parameters")
+    if ours.cost and theirs.cost and theirs.cost.peak_memory_bytes:
+        parts.append(f"{share(ours.cost.peak_memory_bytes, theirs.cost.peak_memory_bytes)} of the peak memory")
+    if ours.cost and theirs.cost and theirs.cost.adapter_bytes:
+        parts.append(f"{share(ours.cost.adapter_bytes, theirs.cost.adapter_bytes)} of the disk space")
+    return join(parts) if parts else ""
+
+
+def _loses(pairs: Interval, decimals: int) -> str:
+    ends = span(pairs.low, pairs.high, decimals, plus=True)
+    sure = f"95 % interval {ends}, {pairs.n} paired seeds" if ends else "one paired seed: no interval"
+    side = "higher" if pairs.mean >= 0 else "lower"
+    return f"its test loss is {number(abs(pairs.mean), decimals)} {side} ({sure})"
+
+
+def _setting(study: Study, result: ArmResult) -> str:
+    title = arm_title(result.arm, study.list_arms())
+    return f"{title} (lora_alpha {result.arm.lora_alpha:g}) and learning rate {rate(result.learning_rate)}"
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]

@@ -1,0 +1,232 @@
+"""From a study's records to what may be claimed. Only confirm trials make claims; the unit is the seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from sweep.report.intervals import NON_INFERIOR, REFERENCE, Interval, judge, t_interval
+from sweep.report.results import ArmResult, Findings
+from sweep.report.search import SearchRow, edge_warnings, find_edges, search_rows
+from sweep.report.sentences import recommendation
+from sweep.report.words import join, plural, without_paths
+from sweep.study.arms import Arm
+from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED
+from sweep.study.schema import Study, rate_values
+from sweep.tracking.journal import StudyRecord, TrialRecord
+
+__all__ = ["ArmResult", "Findings", "find"]
+
+FEW_SEEDS = 3
+
+
+def find(study: Study, record: StudyRecord) -> Findings:
+    """All that the records allow to be said, of finished and unfinished studies. The same records, the same words.
+
+    Differences are paired by seed (seed s sees the same batches in every arm). `intervals.judge` tells how verdicts
+    are reached. The recommendation is the smallest rank shown non-inferior to the reference, or else the reference.
+    """
+    rows = search_rows(study, record)
+    results = _compare(
+        [_result(study, record, arm) for arm in study.list_arms() if _in_confirm(record, arm)], study, rows
+    )
+    reference = next((r.arm.name for r in results if r.verdict == REFERENCE), None)
+    recommended = _recommend(results, study, rows)
+    edges = find_edges(study, rows)
+    ended, planned = sum(t.state is not None for t in record.trials), _planned(study, record)
+    findings = Findings(
+        arms=tuple(results),
+        search=rows,
+        edges=edges,
+        reference=reference,
+        recommended=recommended.arm.name if recommended else None,
+        recommended_trial=_best_trial(record, recommended.arm) if recommended else None,
+        sentences=("", ""),
+        warnings=(*edge_warnings(edges), *_warnings(study, record, results, rows)),
+        finished=record.finished_at is not None,
+        ended=ended,
+        planned=max(planned, ended),
+    )
+    return replace(findings, sentences=recommendation(study, findings))
+
+
+def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
+    return [t for t in record.trials if t.spec.phase == CONFIRM and t.spec.arm.name == arm.name]
+
+
+def _in_confirm(record: StudyRecord, arm: Arm) -> bool:
+    return any(t.state is not None for t in confirm_trials(record, arm))
+
+
+def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
+    trials = sorted(confirm_trials(record, arm), key=lambda t: t.spec.seed)
+    done = [t for t in trials if t.state == COMPLETE and t.last is not None and "test_loss" in t.last.test_metrics]
+    tests = [t.last.test_metrics for t in done if t.last is not None]
+    metric_name = "perplexity" if study.task == "causal-lm" else "accuracy"
+    losses = tuple(test["test_loss"] for test in tests)
+    metrics = tuple(test.get(f"test_{metric_name}", math.nan) for test in tests)
+    none = Interval(0, math.nan)
+    loss = t_interval(losses) if losses else none
+    metric = t_interval(metrics) if metrics else none
+    cost = record.costs.get(arm.cost_key)
+    known = record.prepared.trainable_params.get(arm.name) if record.prepared else None
+    return ArmResult(
+        arm=arm,
+        learning_rate=trials[0].spec.learning_rate,
+        seeds=tuple(t.spec.seed for t in done),
+        test_losses=losses,
+        metric_name=metric_name,
+        metrics=metrics,
+        loss_mean=loss.mean,
+        loss_low=loss.low,
+        loss_high=loss.high,
+        metric_mean=metric.mean,
+        metric_low=metric.low,
+        metric_high=metric.high,
+        to_full=None,
+        to_reference=None,
+        verdict=None,
+        note="",
+        diverged_seeds=tuple(t.spec.seed for t in trials if t.state == DIVERGED),
+        failed_seeds=tuple(t.spec.seed for t in trials if t.state == FAILED),
+        trainable_params=cost.trainable_params if cost else known,
+        cost=cost,
+    )
+
+
+def _compare(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRow]) -> list[ArmResult]:
+    """Differences to full fine-tuning and to the reference, and the verdicts."""
+    full = next((r for r in results if r.arm.is_full), None)
+    chosen = _chosen_of_ranks(results, rows)
+    reference = chosen.get(study.confirm.reference)
+    if reference is not None and not reference.seeds:
+        reference = None
+    judged: dict[str, tuple[str, str]] = {}
+    if reference is not None:
+        judged = _judge(results, chosen, reference, study.confirm.epsilon)
+        judged[reference.arm.name] = (REFERENCE, "")
+    compared = []
+    for result in results:
+        verdict, note = judged.get(result.arm.name, (None, ""))
+        compared.append(
+            replace(
+                result,
+                to_full=_paired_interval(result, full),
+                to_reference=_paired_interval(result, reference),
+                verdict=verdict,
+                note=note,
+            )
+        )
+    return compared
+
+
+def _judge(
+    results: Sequence[ArmResult], chosen: Mapping[int, ArmResult], reference: ArmResult, epsilon: float
+) -> dict[str, tuple[str, str]]:
+    """(verdict, note) by arm name."""
+    sequence = [chosen[r] for r in sorted(chosen, reverse=True) if r < reference.arm.r]
+    placed = {r.arm.name for r in (*sequence, reference)}
+    aside = [r for r in results if r.arm.name not in placed and not r.arm.is_full]
+    in_order, side_by_side, stopped = judge(
+        [_paired(r, reference) for r in sequence], [_paired(r, reference) for r in aside], epsilon
+    )
+    notes = [
+        f"not tested: the sequence stopped at rank {sequence[stopped].arm.r}"
+        if stopped is not None and i > stopped
+        else ""
+        for i in range(len(sequence))
+    ]
+    verdicts = {r.arm.name: (v, note) for r, v, note in zip(sequence, in_order, notes, strict=True)}
+    for r, v in zip(aside, side_by_side, strict=True):
+        verdicts[r.arm.name] = (
+            v,
+            "outside the sequence; Holm's correction" if len(aside) > 1 else "outside the sequence",
+        )
+    return verdicts
+
+
+def _chosen_of_ranks(results: Sequence[ArmResult], rows: Sequence[SearchRow]) -> dict[int, ArmResult]:
+    """The confirmed arm of each rank, chosen by search where there are several: test losses must not choose."""
+    scores = {row.arm.name: row.best_loss for row in rows}
+    chosen: dict[int, ArmResult] = {}
+    for result in results:
+        rival = chosen.get(result.arm.r)
+        if not result.arm.is_full and (rival is None or _score(scores, result) < _score(scores, rival)):
+            chosen[result.arm.r] = result
+    return chosen
+
+
+def _score(scores: Mapping[str, float | None], result: ArmResult) -> float:
+    score = scores.get(result.arm.name)
+    return math.inf if score is None else score
+
+
+def _paired(result: ArmResult, other: ArmResult) -> list[float]:
+    theirs = dict(zip(other.seeds, other.test_losses, strict=True))
+    return [loss - theirs[s] for s, loss in zip(result.seeds, result.test_losses, strict=True) if s in theirs]
+
+
+def _paired_interval(result: ArmResult, other: ArmResult | None) -> Interval | None:
+    if other is None or other.arm.name == result.arm.name:
+        return None
+    differences = _paired(result, other)
+    return t_interval(differences) if differences else None
+
+
+def _recommend(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRow]) -> ArmResult | None:
+    """Smallest rank of the sequence that is non-inferior, else the reference; None while that has no loss."""
+    chosen = _chosen_of_ranks(results, rows)
+    for r in sorted(chosen):
+        if chosen[r].verdict == REFERENCE or (r < study.confirm.reference and chosen[r].verdict == NON_INFERIOR):
+            return chosen[r]
+    return None
+
+
+def _best_trial(record: StudyRecord, arm: Arm) -> int | None:
+    """Chosen by validation loss: the test split reports and never chooses."""
+    scored = [
+        (t.last.eval_loss, t.spec.number)
+        for t in confirm_trials(record, arm)
+        if t.state == COMPLETE and t.last is not None and t.last.eval_loss is not None
+    ]
+    return min(scored)[1] if scored else None
+
+
+def _planned(study: Study, record: StudyRecord) -> int:
+    arms = study.list_arms()
+    searches = sum(len(rate_values(study.rates(arm))) for arm in arms)
+    finalists = len(record.finalists)
+    if not finalists:
+        finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.r for arm in arms})
+    return searches + finalists * len(study.confirm.seeds)
+
+
+def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], rows: Sequence[SearchRow]) -> list[str]:
+    warnings = []
+    for result in results:
+        for seeds, what in ((result.diverged_seeds, "diverged"), (result.failed_seeds, "failed")):
+            if seeds:
+                names = f"seed{'s' if len(seeds) > 1 else ''} {join([str(s) for s in seeds])}"
+                warnings.append(f"{result.arm.name}: {names} {what} and {_left(seeds)} left out of its means.")
+    seeds_done = max((len(r.seeds) for r in results), default=0)
+    if seeds_done and len(study.confirm.seeds) < FEW_SEEDS:
+        n = plural(len(study.confirm.seeds), "confirm seed")
+        warnings.append(
+            f"{n}: too few to show much. With one there is no interval, with two it is 12.7 standard errors."
+        )
+    for row in rows:
+        if row.failed:
+            warnings.append(
+                f"{row.arm.name}: {row.failed} of {plural(row.trials, 'search trial')} failed, "
+                "so it was tuned on fewer learning rates than the others."
+            )
+        if row.trials and not row.complete and not row.pruned and record.finished_at is not None:
+            warnings.append(f"{row.arm.name}: all of its search trials diverged or failed; nothing is known of it.")
+    if len(rate_values(study.tune.learning_rate)) == 1:
+        warnings.append("The learning rate was not tuned: each arm had one value, which may suit some arms better.")
+    return [*warnings, *(without_paths(w) for w in record.warnings)]
+
+
+def _left(seeds: Sequence[int]) -> str:
+    return "are" if len(seeds) > 1 else "is"

@@ -1,0 +1,136 @@
+"""How figures look: one style, colours that colour-blind readers tell apart, axes whose ticks can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+# Okabe & Ito's palette.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
+INK, SOFT, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+WIDTH = 6.2  # inches: text stays readable on a phone and is no larger than the report's on a screen
+DPI = 150
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure on every machine
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": "#ececec",
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "sweep",
+}
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    with rc_context(STYLE):
+        return Figure(figsize=(width, height))
+
+
+def save(figure: Figure, path: Path) -> None:
+    with rc_context(STYLE):
+        figure.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Places for labels: near where they belong, and at least `gap` apart."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    put = [places[i] for i in order]
+    for _ in range(60):
+        moved = False
+        for i in range(len(put) - 1):
+            lack = gap - (put[i + 1] - put[i])
+            if lack > gap * 1e-3:
+                put[i] -= lack / 2
+                put[i + 1] += lack / 2
+                moved = True
+        if not moved:
+            break
+    result = [0.0] * len(places)
+    for i, place in zip(order, put, strict=True):
+        result[i] = place
+    return result
+
+
+def readable_log(axis: Axis, low: float, high: float) -> None:
+    """A log axis with ticks at 1, 2, 5 (at 1, 3 or at 1 over a longer way), written as plain numbers."""
+    decades = np.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if decades < 1.8 else (1.0, 3.0) if decades < 3 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def loss_axis(axes: Axes, losses: Sequence[float]) -> None:
+    """Log where losses span more than a factor 4, else linear; with some air."""
+    low, high = min(losses), max(losses)
+    if low > 0 and high / low > 4:
+        axes.set_yscale("log")
+        readable_log(axes.yaxis, low, high)
+        axes.set_ylim(low / 1.15, high * 1.15)
+    else:
+        air = 0.08 * (high - low) or 0.05 * abs(high) or 0.1
+        axes.set_ylim(low - air, high + air)
+
+
+def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
+    """Ranks on a log2 axis, a tick for each that was tried."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ranks), [str(r) for r in ranks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    wide = max(1.6, (ranks[-1] / ranks[0]) ** 0.09) if len(ranks) > 1 else 3
+    axes.set_xlim(ranks[0] / wide, ranks[-1] * wide)
+    axes.grid(False, axis="x")
+
+
+def grid_of(n: int, most: int = 3) -> tuple[int, int]:
+    """(rows, columns) of small multiples."""
+    columns = min(n, most if n != 4 else 2)
+    return -(-n // columns), columns
+
+
+def hide_empty(panels: Sequence[Axes], used: int, columns: int) -> None:
+    """Hide the panels that hold nothing; the ones above them then show the ticks of the shared axis."""
+    for i in range(used, len(panels)):
+        panels[i].set_visible(False)
+        if i >= columns:
+            panels[i - columns].tick_params(labelbottom=True)
+
+
+def _plain(x: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if x >= limit:
+            return f"{x / (1000 if unit == 'k' else limit):g} {unit}"
+    return f"{x:g}"

@@ -1,0 +1,242 @@
+"""The report's tables as rows of text, the same for HTML and Markdown; and trials.csv, in full precision."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweep.report.results import ArmResult, Findings
+from sweep.report.words import (
+    arm_title,
+    count,
+    duration,
+    loss_decimals,
+    metric,
+    metric_span,
+    number,
+    plural,
+    rate,
+    signed,
+    size,
+    span,
+    without_paths,
+)
+from sweep.study.records import DIVERGED, FAILED
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord, TrialRecord
+
+TRIAL_COLUMNS = [
+    "number",
+    "phase",
+    "state",
+    "arm",
+    "method",
+    "rank",
+    "alpha_ratio",
+    "lora_alpha",
+    "scaling",
+    "target_modules",
+    "learning_rate",
+    "seed",
+    "steps",
+    "train_loss",
+    "eval_loss",
+    "eval_accuracy",
+    "eval_perplexity",
+    "test_loss",
+    "test_accuracy",
+    "test_perplexity",
+    "tokens",
+    "diverged_at",
+    "reason",
+]
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    below: str = ""  # the interval
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    cells: tuple[Cell, ...]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def confirmed_table(study: Study, findings: Findings) -> Table:
+    """Arm × what was confirmed and what it costs."""
+    decimals = loss_decimals(study.confirm.epsilon)
+    heads = (
+        "Arm",
+        "Test loss",
+        findings.arms[0].metric_name.capitalize() if findings.arms else "Metric",
+        "Difference to full fine-tuning",
+        f"Against rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}",
+        "Trainable parameters",
+        "Peak memory",
+        "Step time",
+        "Adapter size",
+    )
+    rows = tuple(Row(_confirmed(study, r, decimals), r.arm.name == findings.recommended) for r in findings.arms)
+    return Table(heads, rows)
+
+
+def search_table(findings: Findings) -> Table:
+    """Every arm of the search, with the number of its trials by how they ended."""
+    heads = ("Arm", "Learning rates", "Best", "Validation loss", "Complete", "Pruned", "Diverged", "Failed")
+    edges = {edge.arm: edge.side for edge in findings.edges}
+    rows = []
+    for row in findings.search:
+        edge = f"{edges[row.arm.name]} edge" if row.arm.name in edges else ""
+        best = Cell("–" if row.best_rate is None else rate(row.best_rate), edge)
+        counts = (row.complete, row.pruned, row.diverged, row.failed)
+        tried = Cell(", ".join(rate(x) for x in row.rates) or "–")
+        rows.append(
+            Row(
+                (Cell(row.arm.name), tried, best, Cell(number(row.best_loss, 4)), *(Cell(str(n)) for n in counts)),
+                row.arm.name == findings.recommended,
+            )
+        )
+    return Table(heads, tuple(rows))
+
+
+def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tuple[str, str]]:
+    """How it was measured: (what, how), from what was prepared and written down."""
+    facts = [
+        ("Model", without_paths(study.model)),
+        ("Task", study.task),
+        ("Data", f"{without_paths(study.data.source)}, at most {study.data.max_length} tokens an example"),
+    ]
+    prepared = record.prepared
+    if prepared is not None:
+        rows = ", ".join(f"{n:,} {split}" for split, n in prepared.rows.items())
+        facts += [
+            ("Rows", f"{rows}; {plural(prepared.duplicates_removed, 'duplicate')} removed across the splits"),
+            ("Fingerprints", f"data {prepared.data_fingerprint}, model {prepared.model_fingerprint}"),
+            ("Parameters", f"{prepared.total_params:,} in the model"),
+            ("Device", f"{prepared.device}, {prepared.precision}, {prepared.attention} attention"),
+            ("Pack size", f"{plural(prepared.pack_size, 'trial')} at once over one frozen base"),
+        ]
+        if prepared.calibration:
+            facts.append(("Calibration", "; ".join(_figures(c) for c in prepared.calibration)))
+        if prepared.tokens_per_step:
+            facts.append(("Tokens a step", f"{prepared.tokens_per_step:.0f}, padding not counted"))
+    train = study.train
+    facts += [
+        (
+            "Training",
+            f"{train.steps} steps of {train.batch_size} examples, AdamW, {train.schedule} schedule, warm-up over "
+            f"{100 * train.warmup:g} % of the steps, weight decay {train.weight_decay:g}, "
+            + (f"clipping at {train.clip:g}" if train.clip else "no clipping")
+            + f", dropout {train.dropout:g}",
+        ),
+        (
+            "Search",
+            f"{study.search.sampler} sampler, seed {study.search.seed}, rungs at steps "
+            f"{', '.join(map(str, study.rungs))}; {100 * study.search.keep:g} % of a rank's trials go on at a rung",
+        ),
+        (
+            "Confirm",
+            f"seeds {', '.join(map(str, study.confirm.seeds))}, one finalist for each {study.confirm.finalists}; "
+            f"reference rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}, both declared before the run",
+        ),
+    ]
+    facts += _times(record)
+    if prepared is not None and prepared.versions:
+        facts.append(("Versions", ", ".join(f"{name} {v}" for name, v in sorted(prepared.versions.items()))))
+    return facts
+
+
+def write_trials(record: StudyRecord, to: Path) -> None:
+    """One row a trial: complete, pruned, diverged, failed and unfinished ones. Raises OSError where it cannot write."""
+    with open(to, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, TRIAL_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_trial(t) for t in record.trials)
+
+
+def _confirmed(study: Study, result: ArmResult, decimals: int) -> tuple[Cell, ...]:
+    cost, name = result.cost, result.metric_name
+    about = f"rate {rate(result.learning_rate)}, {plural(len(result.seeds), 'seed')}"
+    gone = [(result.diverged_seeds, DIVERGED), (result.failed_seeds, FAILED)]
+    about += "".join(f", {len(seeds)} {what}" for seeds, what in gone if seeds)
+    full, reference = (
+        ("–", "") if d is None else (signed(d.mean, decimals), span(d.low, d.high, decimals, plus=True))
+        for d in (result.to_full, result.to_reference)
+    )
+    against = "" if result.to_reference is None else f"{reference[0]}{f' ({reference[1]})' if reference[1] else ''}"
+    return (
+        Cell(arm_title(result.arm, study.list_arms()), about),
+        Cell(number(result.loss_mean, decimals), span(result.loss_low, result.loss_high, decimals)),
+        Cell(metric(name, result.metric_mean), metric_span(name, result.metric_low, result.metric_high)),
+        Cell(*full),
+        Cell(result.verdict or "–", against, result.note),
+        Cell(count(result.trainable_params)),
+        Cell(size(cost.peak_memory_bytes if cost else None)),
+        Cell(duration(cost.step_time_s if cost else None)),
+        Cell(size(cost.adapter_bytes if cost else None)),
+    )
+
+
+def _times(record: StudyRecord) -> list[tuple[str, str]]:
+    """Each kind of time under its own name: packed time is joint and never a trial's own."""
+    facts = []
+    measurements = [rung.measurement for t in record.trials for rung in t.rungs]
+    if measurements:
+        packed = sum(m.pack_seconds / m.pack_size for m in measurements)
+        facts.append(("Packed wall time", f"{duration(packed)} for all trials together, joint and never a trial's own"))
+    costs = [(t, record.costs.get(t.spec.arm.cost_key)) for t in record.trials if t.step]
+    if costs and all(cost is not None for _, cost in costs):
+        solo = sum(t.step * cost.step_time_s for t, cost in costs if cost is not None)
+        facts.append(
+            ("Solo time", f"{duration(solo)}: the same steps one by one, by the solo probes and without evaluation")
+        )
+    if record.sessions:
+        wall = sum(stop - start for start, stop in record.sessions)
+        sessions = plural(len(record.sessions), "session")
+        facts.append(("Wall time", f"{duration(wall)} in {sessions}, from the start of each to its last event"))
+    return facts
+
+
+def _figures(values: Mapping[str, object]) -> str:
+    return ", ".join(
+        f"{without_paths(str(key)).replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else without_paths(str(v))}"
+        for key, v in values.items()
+    )
+
+
+def _trial(trial: TrialRecord) -> dict[str, object]:
+    spec, last = trial.spec, trial.last
+    full, trained = spec.arm.is_full, trial.train_curve
+    row: dict[str, object] = {
+        "number": spec.number,
+        "phase": spec.phase,
+        "state": trial.state or "unfinished",
+        "arm": spec.arm.name,
+        "method": spec.arm.method,
+        "rank": "" if full else spec.arm.r,
+        "alpha_ratio": "" if full else spec.arm.alpha_ratio,
+        "lora_alpha": "" if full else spec.arm.lora_alpha,
+        "scaling": "" if full else spec.arm.scaling,
+        "target_modules": "+".join(spec.arm.target_modules),
+        "learning_rate": spec.learning_rate,
+        "seed": spec.seed,
+        "steps": trial.step,
+        "train_loss": trained[-1][1] if trained else "",
+        "tokens": sum(rung.measurement.tokens for rung in trial.rungs),
+        "reason": without_paths(trial.reason),
+    }
+    if last is not None:
+        found = {"eval_loss": last.eval_loss, "diverged_at": last.diverged_at, **last.eval_metrics, **last.test_metrics}
+        row |= {k: v for k, v in found.items() if k in TRIAL_COLUMNS and v is not None}
+    return row

@@ -1,0 +1,146 @@
+"""The report's files: complete, self-contained, the same for the same data."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from synthetic import quickstart, write_study
+
+from sweep.report.report import write_report
+from sweep.report.tables import confirmed_table
+from sweep.report.words import count, duration, number, share, signed, size, without_paths
+from sweep.study.records import CONFIRM, DIVERGED
+from sweep.tracking.journal import StudyRecord, append, read_study_record
+
+FIGURES = {"loss-by-rank", "pareto", "learning-curves", "memory", "rank-by-ratio", "loss-by-learning-rate"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyRecord, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    study = quickstart()
+    record = write_study(folder / "home" / "quickstart", study)
+    write_report(study, record, folder / "out")
+    return record, folder / "out"
+
+
+def test_every_file_is_there_and_small(made: tuple[StudyRecord, Path]) -> None:
+    _, out = made
+    figures = list((out / "figures").glob("*.png"))
+    assert {f.stem for f in figures} == FIGURES
+    assert sum(f.stat().st_size for f in figures) < 600_000
+    assert (out / "report.html").stat().st_size < 3_000_000
+
+
+def test_html_asks_nothing_of_the_network(made: tuple[StudyRecord, Path]) -> None:
+    html = (made[1] / "report.html").read_text()
+    assert "http://" not in html and "https://" not in html and "<script" not in html and "@import" not in html
+    sources = re.findall(r'(?:src|href)="([^"]{0,22})', html)
+    assert len(sources) == len(FIGURES) and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert html.count(' alt="') == len(FIGURES) and html.count("<figcaption>") == len(FIGURES)
+
+
+def test_recommendation_comes_first(made: tuple[StudyRecord, Path]) -> None:
+    for name in ("report.html", "report.md"):
+        text = (made[1] / name).read_text()
+        assert text.index("Use rank 4, alpha ratio 2") < text.index("What was confirmed") < text.index("inconclusive")
+
+
+def test_no_path_of_this_machine_is_told(made: tuple[StudyRecord, Path]) -> None:
+    record, out = made
+    for name in ("report.html", "report.md", "trials.csv"):
+        text = (out / name).read_text()
+        assert "/home/someone" not in text and str(record.folder.path) not in text
+
+
+def test_every_trial_is_a_row(made: tuple[StudyRecord, Path]) -> None:
+    record, out = made
+    with open(out / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["number"]) for row in rows] == [t.spec.number for t in record.trials]
+    assert {row["state"] for row in rows} == {"complete", "pruned", "diverged", "failed"}
+    tested = {int(row["number"]): float(row["test_loss"]) for row in rows if row["test_loss"]}
+    assert tested == {
+        t.spec.number: t.last.test_metrics["test_loss"] for t in record.trials if t.last and t.last.test_metrics
+    }
+    assert all(row["phase"] == CONFIRM for row in rows if row["test_loss"])
+
+
+def test_search_scores_are_not_in_the_confirmed_table(tmp_path: Path) -> None:
+    """The search scores are set apart from all else; the confirmed table and sentences hold none of them."""
+    study = quickstart()
+    record = write_study(tmp_path / "home", study, lambda arm, seed: 0.5 + 0.01 * seed + arm.r / 1000)
+    findings = write_report(study, record, tmp_path / "out")
+    shown = " ".join(c.text + c.below for row in confirmed_table(study, findings).rows for c in row.cells)
+    scores = [f"{row.best_loss:.3f}" for row in findings.search if row.best_loss is not None]
+    assert scores and not any(score in shown + " ".join(findings.sentences) for score in scores)
+
+
+def test_same_records_give_the_same_bytes(made: tuple[StudyRecord, Path], tmp_path: Path) -> None:
+    record, out = made
+    write_report(quickstart(), record, tmp_path)
+    for path in [*(out / "figures").glob("*.png"), out / "report.md", out / "report.html", out / "trials.csv"]:
+        assert (tmp_path / path.relative_to(out)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_markdown_tables_are_sound(made: tuple[StudyRecord, Path]) -> None:
+    text = (made[1] / "report.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
+    assert len(tables) == 2
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1
+    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (made[1] / image).is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "how", "says"),
+    [
+        ([], {"stop_after": 0}, "Unfinished: 0 of 52 trials."),
+        ([], {"stop_after": 10}, "No confirm trial has ended yet"),
+        ([], {"stop_after": 30}, "Unfinished: 30 of 52 trials."),
+        (["confirm.seeds=[1]"], {}, "no interval"),
+        (["arms.rank=[64]", "arms.alpha_ratio=[1]", "arms.full_finetuning=false"], {"ends": {}}, "no smaller rank"),
+        (["tune.learning_rate=[0.01]", "tune.full_finetuning.learning_rate=[0.001]"], {}, "was not tuned"),
+        ([], {"costs": False, "prepared": False}, "Use rank 4"),
+        ([], {"ends": {(CONFIRM, "r64-ratio2", s): DIVERGED for s in range(1, 6)}}, "has no confirmed loss"),
+        (["arms.method=[lora, rslora]", "confirm.finalists=arm"], {}, "more finalists are left out"),
+    ],
+)
+def test_any_study_can_be_reported(tmp_path: Path, overrides: list[str], how: dict[str, object], says: str) -> None:
+    study = quickstart(*overrides)
+    write_report(study, write_study(tmp_path / "home", study, **how), tmp_path / "out")  # type: ignore[arg-type]
+    html = (tmp_path / "out" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert says in html
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", html).lower().replace("finance", "").split()
+
+
+def test_text_from_the_study_is_escaped(tmp_path: Path) -> None:
+    study = quickstart("question='<script>alert(1)</script> a|b'", "storage='postgresql://me:secret@host/db'")
+    write_report(study, write_study(tmp_path / "home", study, stop_after=3), tmp_path / "out")
+    html, markdown = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
+    assert "<script" not in html and "secret" not in html + markdown
+    assert "\\<script>" in markdown.split("```yaml")[0]
+
+
+def test_warnings_of_the_run_are_told(tmp_path: Path) -> None:
+    study = quickstart()
+    record = write_study(tmp_path / "home", study, stop_after=3)
+    append(record.folder.journal, "warning", message="the worker in /tmp/a/b died once")
+    findings = write_report(study, read_study_record(record.folder), tmp_path / "out")
+    assert "the worker in …/b died once" in findings.warnings
+
+
+def test_words() -> None:
+    assert (count(55_300), count(22_713_216), count(812)) == ("55.3 k", "22.7 M", "812")
+    assert (size(2**20 * 1.5), size(900), size(None)) == ("1.50 MiB", "900 B", "–")
+    assert (duration(0.18), duration(95), duration(4000)) == ("180 ms", "95.0 s", "66.7 min")
+    assert (number(float("nan"), 3), signed(-0.0001, 3), signed(-0.04, 3)) == ("–", "0.000", "−0.040")
+    assert (share(6.6, 100), share(1, 600), share(96, 100)) == ("6.6 %", "0.17 %", "96 %")
+    assert without_paths("see /root/x/y.txt, package:a/b/c and https://h/a/b") == (
+        "see …/y.txt, package:a/b/c and https://h/a/b"
+    )
