@@ -6,7 +6,6 @@ export PYTHON
 
 quickstart: .venv/.installed-run ## run the quickstart study; takes it up where it stopped
 	$(BIN)/sweep run studies/quickstart.yaml
-	$(BIN)/sweep export quickstart --to adapters/quickstart
 
 test: .venv/.installed-dev ## the tests but the slow ones; ARGS="-m slow" for those
 	$(BIN)/pytest $(ARGS)

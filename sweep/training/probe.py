@@ -60,6 +60,10 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     precision = "float32" if arm.is_full else prepared.precision
     base = load_base(locate_model(setup.model), setup.task, prepared.labels, precision, prepared.attention)
     base_bytes = _resident(base.model)
+    trainable_bytes = 4 * check_arm(base, arm)
+    layers = linear_modules(base.model)
+    head = sum(p.numel() for name in base.head for p in layers[name].parameters())
+    total = prepared.total_params + (0 if arm.is_full else trainable_bytes // 4 - head)  # the head counts once
     trial = TrialSpec(-1, arm, 1e-5, 0, "probe", "")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -70,15 +74,11 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     trainee = start_trainee(setup, prepared, [trial], 0)
     times = timed_steps(setup, prepared, [trial], trainee, WARMUP_STEPS, MEASURED_STEPS)
     rise = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM") - before
-    trainable_bytes = 4 * check_arm(base, arm)
     peak = rise if device.type == "cuda" else base_bytes + rise
     if arm.is_full:  # the copy that trains is the model; the untouched base beside it is only our spare
         peak -= base_bytes
     weights = base_bytes + (0 if arm.is_full else trainable_bytes)
     moments = 2 * trainable_bytes
-    layers = linear_modules(base.model)
-    head = sum(p.numel() for name in base.head for p in layers[name].parameters())
-    total = prepared.total_params + (0 if arm.is_full else trainable_bytes // 4 - head)  # the head counts once
     tokens = [batch.tokens for batch, _ in pack_batches(data, setup, [trial], 0, WARMUP_STEPS + MEASURED_STEPS)]
     return Cost(
         cost_key=arm.cost_key,

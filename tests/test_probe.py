@@ -1,0 +1,68 @@
+"""What an arm costs, against PEFT's own counts and the tensors' own sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, TaskType, get_peft_model
+
+from sweep.study.file import read_study
+from sweep.study.records import Cost, Prepared
+from sweep.study.schema import Study
+from sweep.training.base import load_base
+from sweep.training.forecast import Forecast, forecast
+from sweep.training.locate import locate_model
+from sweep.training.prepare import prepare
+from sweep.training.probe import probe
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Prepared, dict[str, Cost], dict[str, Forecast]]:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    overrides = ["data.max_length=16", "train.batch_size=4", "arms.alpha_ratio=[1]", "train.precision=float32"]
+    study = read_study(Path("studies/quickstart.yaml"), overrides).study
+    arms = [arm for arm in study.list_arms() if arm.r in (0, 2, 64)]
+    prepared = prepare(study.setup(cache), tuple(arms))
+    costs = {arm.name: probe(study.setup(cache), prepared, arm) for arm in arms}
+    return study, prepared, costs, {row.arm.name: row for row in forecast(study.setup(cache), prepared, arms)}
+
+
+Found = tuple[Study, Prepared, dict[str, Cost], dict[str, Forecast]]
+
+
+def test_trainable_parameters_are_pefts(found: Found) -> None:
+    study, prepared, costs, _ = found
+    for arm in study.list_arms():
+        if arm.name in ("r2-ratio1", "r64-ratio1"):
+            load_base.cache_clear()
+            base = load_base(locate_model(study.model), study.task, prepared.labels, "float32", "eager")
+            config = LoraConfig(r=arm.r, target_modules=list(arm.target_modules), task_type=TaskType.SEQ_CLS)
+            trainable, _ = get_peft_model(base.model, config).get_nb_trainable_parameters()
+            assert costs[arm.name].trainable_params == prepared.trainable_params[arm.name] == trainable
+    load_base.cache_clear()
+    assert costs["full"].trainable_params == costs["full"].total_params == prepared.total_params
+
+
+def test_memory_by_kind_adds_up_and_full_finetuning_needs_most(found: Found) -> None:
+    _, _, costs, _ = found
+    for cost in costs.values():
+        assert sum(cost.memory.values()) == pytest.approx(cost.peak_memory_bytes, rel=0.02)
+        assert cost.memory["gradients"] == 4 * cost.trainable_params
+        assert cost.memory["optimizer"] == 8 * cost.trainable_params
+        assert cost.step_time_s > 0 and cost.tokens_per_second > 0
+    assert costs["r2-ratio1"].peak_memory_bytes < costs["full"].peak_memory_bytes
+    assert costs["full"].peak_memory_bytes > 16 * costs["full"].trainable_params
+
+
+def test_adapter_bytes_are_the_tensors_and_a_header(found: Found) -> None:
+    _, _, costs, _ = found
+    for cost in costs.values():
+        assert 4 * cost.trainable_params < cost.adapter_bytes < 4 * cost.trainable_params + 50_000
+
+
+def test_memory_foretold_is_near_the_memory_measured(found: Found) -> None:
+    _, _, costs, rows = found
+    for name, cost in costs.items():
+        assert rows[name].trainable_params == cost.trainable_params
+        assert rows[name].peak_memory_bytes == pytest.approx(cost.peak_memory_bytes, rel=0.35)
