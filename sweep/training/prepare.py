@@ -37,7 +37,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         raise FieldError(
             ("train.batch_size", f"{setup.train.batch_size} is more than the {len(data.train)} training rows there are")
         )
-    base = load_base(place, setup.task, data.labels, "float32", "sdpa")
+    base = load_base(place, setup.task, data.labels, "float32", "eager")
     trainable, problems = {}, []
     for arm in arms:
         try:
@@ -57,7 +57,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         trainable_params=trainable,
         device=device_name(device),
         precision="float32",
-        attention="sdpa",
+        attention="eager",
         pack_size=CALIBRATION_PACK,
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions={package: version(package) for package in PACKAGES},

@@ -5,29 +5,18 @@ Packed time and memory are joint and never a trial's own; this is where an arm's
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from sweep.lora.adapter import linear_modules
 from sweep.study.arms import Arm
-from sweep.study.records import (
-    Cost,
-    DataSettings,
-    Prepared,
-    Setup,
-    TrainSettings,
-    TrialSpec,
-    arm_from_json,
-    cost_from_json,
-    prepared_from_json,
-    to_json,
-)
+from sweep.study.records import Cost, Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device, load_base
 from sweep.training.locate import locate_model
 from sweep.training.prepare import device_name, timed_steps
@@ -37,15 +26,14 @@ WARMUP_STEPS, MEASURED_STEPS = 3, 7
 
 
 def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
-    """Measure the arm in a process of its own. Raises RuntimeError with that process's last line when it fails."""
-    question = json.dumps({"setup": to_json(setup), "prepared": to_json(prepared), "arm": to_json(arm)})
-    done = subprocess.run(
-        [sys.executable, "-m", "sweep.training.probe"], input=question, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise RuntimeError(f"probe of {arm.name} failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
-    return cost_from_json(json.loads(done.stdout.splitlines()[-1]))
+    """Measure the arm in a process of its own, forked from one that has imported the libraries and done nothing else.
+
+    Raises what the measurement raises, and BrokenProcessPool where its process is killed (out of memory).
+    """
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload([__name__, "transformers.modeling_utils"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as one:
+        return one.submit(measure, setup, prepared, arm).result()
 
 
 def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
@@ -109,8 +97,6 @@ def _resident(model: nn.Module) -> int:
 
 
 def _saved_bytes(state: dict[str, torch.Tensor]) -> int:
-    from safetensors.torch import save
-
     return len(save(state, metadata={"format": "pt"}))
 
 
@@ -120,14 +106,3 @@ def _status_bytes(field: str) -> int:
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}: memory cannot be measured here")
 
-
-def _main() -> None:
-    question = json.load(sys.stdin)
-    raw = question["setup"]
-    setup = Setup(**{**raw, "data": DataSettings(**raw["data"]), "train": TrainSettings(**raw["train"])})
-    cost = measure(setup, prepared_from_json(question["prepared"]), arm_from_json(question["arm"]))
-    print(json.dumps(to_json(cost)))
-
-
-if __name__ == "__main__":
-    _main()
