@@ -47,6 +47,7 @@ class ExecutorName(StrEnum):
 def main() -> None:
     """The `sweep` command: errors become lines on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would tear the live table
     try:
         app()
     except KeyboardInterrupt:

@@ -36,20 +36,23 @@ SMALL = [
 
 def command(home: Path) -> list[str]:
     sets = [word for override in SMALL for word in ("--set", override)]
-    return [sys.executable, "-m", "sweep.cli", "run", "studies/quickstart.yaml", "--home", str(home), *sets]
+    sweep = str(Path(sys.executable).with_name("sweep"))
+    return [sweep, "run", str(Path("studies/quickstart.yaml").absolute()), "--home", str(home), *sets]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SWEEP_STORAGE", "SWEEP_HOME")}
 
 
 def run(home: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.getcwd(), "MLFLOW_TRACKING_URI": "", "SWEEP_STORAGE": ""}
-    words = [w if w != "studies/quickstart.yaml" else str(Path(w).absolute()) for w in command(home)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    return subprocess.run(command(home), capture_output=True, text=True, check=False, cwd=tmp_path, env=environment())
 
 
 def kill_in_a_rung(home: Path, tmp_path: Path, rungs: int) -> None:
     """Start the command and kill it -9 while it trains the rung after the `rungs`-th measured one."""
-    env = {**os.environ, "PYTHONPATH": os.getcwd(), "MLFLOW_TRACKING_URI": "", "SWEEP_STORAGE": ""}
-    words = [w if w != "studies/quickstart.yaml" else str(Path(w).absolute()) for w in command(home)]
-    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, env=env)
+    driver = subprocess.Popen(
+        command(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment()
+    )
     deadline = time.monotonic() + 300
     while sum(len(trial.rungs) for trial in record_of(home).trials) < rungs:
         assert driver.poll() is None, "the study ended before it was killed"
@@ -107,10 +110,11 @@ def test_killed_study_completes_with_the_losses_of_an_undisturbed_one(tmp_path: 
 
 
 def test_ctrl_c_and_sigterm_save_the_state_and_exit_130(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": os.getcwd(), "MLFLOW_TRACKING_URI": "", "SWEEP_STORAGE": ""}
-    words = [w if w != "studies/quickstart.yaml" else str(Path(w).absolute()) for w in command(tmp_path / "home")]
+    words = command(tmp_path / "home")
     for rungs, number in ((1, signal.SIGINT), (4, signal.SIGTERM)):
-        driver = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=env)
+        driver = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment()
+        )
         deadline = time.monotonic() + 300
         while sum(len(trial.rungs) for trial in record_of(tmp_path / "home").trials) < rungs:
             assert driver.poll() is None and time.monotonic() < deadline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
+from sweep.lora.adapter import init_head
 from sweep.study.arms import Arm, full_arm
 from sweep.study.records import DataSettings, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
 from sweep.training.base import load_base
@@ -80,7 +82,6 @@ def peft_curve(
     """A plain PyTorch loop over a PEFT model, from the same initial weights, in the same data order."""
     place = locate_model(setup.model)
     data = load_data(setup, place)
-    load_base.cache_clear()
     base = load_base(place, setup.task, prepared.labels, "float32", "eager")
     initial = fresh_state(base, one)
     classify = setup.task == "sequence-classification"
@@ -91,7 +92,7 @@ def peft_curve(
         task_type=TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM,
         use_rslora=one.arm.method == "rslora",
     )
-    model = get_peft_model(base.model, config).eval()
+    model = get_peft_model(copy.deepcopy(base.model), config).eval()  # type: ignore[arg-type]
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in initial.items():
@@ -123,7 +124,6 @@ def peft_curve(
         optimizer.zero_grad()
         losses.append(loss.item())
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    load_base.cache_clear()
     return losses, state
 
 
@@ -193,11 +193,8 @@ def test_full_finetuning_has_the_loss_curve_of_a_plain_loop(bbc: tuple[Setup, Pr
     found = train(setup, prepared, [one], [6])
     place = locate_model(setup.model)
     data = load_data(setup, place)
-    load_base.cache_clear()
     base = load_base(place, setup.task, prepared.labels, "float32", "eager")
-    model = base.model.requires_grad_(True)
-    from sweep.lora.adapter import init_head
-
+    model = copy.deepcopy(base.model).requires_grad_(True)
     with torch.no_grad():
         for name, value in init_head({"classifier": model.classifier}, 3).items():  # type: ignore[dict-item]
             model.get_parameter(name).copy_(value)
@@ -221,7 +218,6 @@ def test_full_finetuning_has_the_loss_curve_of_a_plain_loop(bbc: tuple[Setup, Pr
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    load_base.cache_clear()
     np.testing.assert_allclose(curve(found[0]), losses, atol=1e-4, rtol=0)
 
 

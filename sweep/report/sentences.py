@@ -34,10 +34,16 @@ def _go_smaller(study: Study, pick: ArmResult) -> str:
     pairs = pick.to_reference
     assert pairs is not None  # a verdict needs pairs
     decimals, reference = loss_decimals(study.confirm.epsilon), study.confirm.reference
+    assert pairs.upper is not None  # nor from one pair
+    bound = (
+        f"at least {number(-pairs.upper, decimals)} lower"
+        if pairs.upper < 0
+        else (f"at most {number(pairs.upper, decimals)} higher")
+    )
     return (
         f"Use {_setting(study, pick)}: it is the smallest rank shown non-inferior to rank {reference}, its test "
-        f"loss differing by at most {signed(pairs.upper, decimals)} (one-sided 95 % bound, {pairs.n} paired seeds), "
-        f"within the declared ε of {study.confirm.epsilon:g}."
+        f"loss {bound} (one-sided 95 % bound, {pairs.n} paired seeds), where an ε of {study.confirm.epsilon:g} "
+        "was declared."
     )
 
 
