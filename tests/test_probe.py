@@ -36,7 +36,7 @@ def test_trainable_parameters_are_pefts(found: Found) -> None:
     for arm in study.list_arms():
         if arm.name in ("r2-ratio1", "r64-ratio1"):
             load_base.cache_clear()
-            base = load_base(locate_model(study.model), study.task, prepared.labels, "float32", "eager")
+            base = load_base(locate_model(study.model), study.task, prepared.labels, 0, "float32", "eager")
             config = LoraConfig(r=arm.r, target_modules=list(arm.target_modules), task_type=TaskType.SEQ_CLS)
             trainable, _ = get_peft_model(base.model, config).get_nb_trainable_parameters()
             assert costs[arm.name].trainable_params == prepared.trainable_params[arm.name] == trainable

@@ -18,13 +18,13 @@ from sweep import __version__
 from sweep.adapters.card import model_card
 from sweep.lora.adapter import Adapter, install, linear_modules, remove
 from sweep.study.arms import Arm
-from sweep.study.records import COMPLETE, Prepared, Setup
+from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.base import HEAD_NAMES, Base, load_base, target_layers
 from sweep.training.batches import Batch, collate
 from sweep.training.checkpoint import WEIGHTS, load_weights
-from sweep.training.data import load_data
+from sweep.training.data import TokenisedData, load_data
 from sweep.training.locate import ModelPlace, load_tokenizer, locate_model, quiet
 
 TOLERANCE = 1e-5  # on logits, relative to the largest of them where that is above 1
@@ -56,8 +56,9 @@ def export(
     if record.prepared is None:
         raise ExportError(f"study {study.name} has no prepared model and data; run it first")
     setup, place = study.setup(str(cache)), locate_model(study.model)
-    base = load_base(place, study.task, record.prepared.labels, "float32", "eager")
-    batch = _few_rows(setup, place)
+    data = load_data(setup, place)
+    base = load_base(place, study.task, record.prepared.labels, data.pad_token_id, "float32", "eager")
+    batch = few_rows(data)
     half = to.parent / f".tmp-{to.name}-{os.getpid()}"
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
@@ -69,7 +70,9 @@ def export(
             _write_adapter(base, study, trial.spec.arm, weights, half)
         (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
         (half / MARK).write_text(json.dumps(_provenance(study, record.prepared, trial, merge), indent=1))
-        difference = _check_in_fresh_process(half, place, study.task, record.prepared, merge, batch, ours)
+        difference = _check_in_fresh_process(
+            half, place, study.task, record.prepared, merge, batch, ours, data.pad_token_id
+        )
         shutil.rmtree(to, ignore_errors=True)
         os.replace(half, to)
     finally:
@@ -161,8 +164,8 @@ def _saved_module(head: str) -> str:
     return first if first in HEAD_NAMES else head
 
 
-def _few_rows(setup: Setup, place: ModelPlace) -> Batch:
-    data = load_data(setup, place)
+def few_rows(data: TokenisedData) -> Batch:
+    """What logits are compared on."""
     return collate(data.validation, range(min(CHECKED_ROWS, len(data.validation))), data.pad_token_id)
 
 
@@ -181,7 +184,14 @@ def _copy_in(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _check_in_fresh_process(
-    folder: Path, place: ModelPlace, task: str, prepared: Prepared, merge: bool, batch: Batch, ours: Tensor
+    folder: Path,
+    place: ModelPlace,
+    task: str,
+    prepared: Prepared,
+    merge: bool,
+    batch: Batch,
+    ours: Tensor,
+    pad_token_id: int,
 ) -> float:
     """Load the export as a user would, in another process, and compare logits. Raises ExportError when they differ."""
     expected = folder / ".expected.safetensors"
@@ -193,6 +203,7 @@ def _check_in_fresh_process(
         "gguf_file": None if merge else place.gguf_file,
         "task": task,
         "labels": len(prepared.labels),
+        "pad_token_id": pad_token_id,
         "expected": str(expected),
     }
     command = [sys.executable, "-m", "sweep.adapters.verify"]

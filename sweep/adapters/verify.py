@@ -26,8 +26,8 @@ def largest_difference(question: dict[str, Any]) -> float:
         if classify:
             settings["num_labels"] = question["labels"]
         base = auto.from_pretrained(question["base"], **settings)
-        if classify and base.config.pad_token_id is None:
-            base.config.pad_token_id = base.config.eos_token_id
+        if classify:
+            base.config.pad_token_id = question["pad_token_id"]
         model = PeftModel.from_pretrained(base, question["folder"])
     expected = load_file(question["expected"])
     with torch.no_grad():

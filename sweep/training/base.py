@@ -31,9 +31,12 @@ def find_device() -> torch.device:
 
 
 @lru_cache(maxsize=2)
-def load_base(place: ModelPlace, task: str, labels: tuple[str, ...], precision: str, attention: str) -> Base:
+def load_base(
+    place: ModelPlace, task: str, labels: tuple[str, ...], pad_token_id: int, precision: str, attention: str
+) -> Base:
     """The frozen model on this process's device, in evaluation mode: the model's own dropout is off in every arm.
 
+    pad_token_id: what batches are padded with; a decoder classifies at the last token that is another.
     precision: "float32" or "bfloat16", the dtype of the frozen weights. Raises FieldError when it cannot be loaded.
     """
     import transformers
@@ -63,8 +66,8 @@ def load_base(place: ModelPlace, task: str, labels: tuple[str, ...], precision: 
     orphans = sorted(key for key in missing if key.rpartition(".")[0] not in head)
     if orphans:
         raise FieldError(("model", f"{place.name} lacks weights for {task}: {', '.join(orphans[:4])}"))
-    if task == CLASSIFICATION and model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id  # decoders classify at the last token that isn't padding
+    if task == CLASSIFICATION:
+        model.config.pad_token_id = pad_token_id
     model.config.quantization_config = None  # a GGUF file's weights are unpacked by now
     model.requires_grad_(False)
     return Base(model.to(find_device()).eval(), head)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sweep.study.arms import Arm
 from sweep.study.records import Prepared, Setup, TrialSpec
-from sweep.training.base import check_arm, load_base
-from sweep.training.locate import locate_model
-from sweep.training.rung import Trainee, pack_batches, start_trainee, tokenised, training_loss
+from sweep.training.base import check_arm
+from sweep.training.rung import Trainee, base_for, pack_batches, start_trainee, tokenised, training_loss
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[Fore
 
 
 def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
-    precision = "float32" if arm.is_full else prepared.precision
-    base = load_base(locate_model(setup.model), setup.task, prepared.labels, precision, prepared.attention)
+    base = base_for(setup, prepared, arm)
     base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     trial = TrialSpec(-1, arm, 0.0, 0, "forecast", "")
     trainee = start_trainee(setup, prepared, [trial], 0)

@@ -37,7 +37,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         raise FieldError(
             ("train.batch_size", f"{setup.train.batch_size} is more than the {len(data.train)} training rows there are")
         )
-    base = load_base(place, setup.task, data.labels, "float32", "eager")
+    base = load_base(place, setup.task, data.labels, data.pad_token_id, "float32", "eager")
     trainable, problems = {}, []
     for arm in arms:
         try:

@@ -17,10 +17,9 @@ from torch import nn
 from sweep.lora.adapter import linear_modules
 from sweep.study.arms import Arm
 from sweep.study.records import Cost, Prepared, Setup, TrialSpec
-from sweep.training.base import check_arm, find_device, load_base
-from sweep.training.locate import locate_model
+from sweep.training.base import check_arm, find_device
 from sweep.training.prepare import device_name, timed_steps
-from sweep.training.rung import pack_batches, start_trainee, tokenised
+from sweep.training.rung import base_for, pack_batches, start_trainee, tokenised
 
 WARMUP_STEPS, MEASURED_STEPS = 3, 7
 
@@ -45,8 +44,7 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     """
     device = find_device()
     data = tokenised(setup)
-    precision = "float32" if arm.is_full else prepared.precision
-    base = load_base(locate_model(setup.model), setup.task, prepared.labels, precision, prepared.attention)
+    base = base_for(setup, prepared, arm)
     base_bytes = _resident(base.model)
     trainable_bytes = 4 * check_arm(base, arm)
     layers = linear_modules(base.model)

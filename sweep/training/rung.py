@@ -26,6 +26,7 @@ from sweep.lora.adapter import (
     trial_state,
 )
 from sweep.lora.optim import PackedAdamW, lr_factor, optimizer_state, start_adamw
+from sweep.study.arms import Arm
 from sweep.study.records import Measurement, Prepared, Setup, TrialSpec, Unit
 from sweep.training.base import Base, load_base, target_layers
 from sweep.training.batches import Batch, collate, step_rows
@@ -147,13 +148,11 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
 
 def start_trainee(setup: Setup, prepared: Prepared, trials: list[TrialSpec], start: int) -> Trainee:
     """The trials at step `start`: fresh from their seeds, or from their checkpoints."""
-    place, train = locate_model(setup.model), setup.train
+    train, base = setup.train, base_for(setup, prepared, trials[0].arm)
     checkpoints = [load_checkpoint(Path(trial.folder), start) for trial in trials] if start else []
     if trials[0].arm.is_full:
-        base = load_base(place, setup.task, prepared.labels, "float32", prepared.attention)
         weights, moments = (checkpoints[0].weights, checkpoints[0].optimizer) if start else (None, None)
         return start_full(base, trials[0].seed, train.weight_decay, train.clip, start, weights, moments)
-    base = load_base(place, setup.task, prepared.labels, prepared.precision, prepared.attention)
     states = [c.weights for c in checkpoints] if start else [fresh_state(base, trial) for trial in trials]
     adapters = [
         Adapter(
@@ -168,6 +167,14 @@ def start_trainee(setup: Setup, prepared: Prepared, trials: list[TrialSpec], sta
     pack = install(base.model, adapters, base.head, train.dropout)
     moments_of = [c.optimizer for c in checkpoints] if start else None
     return PackTrainee(base.model, pack, start_adamw(pack, train.weight_decay, train.clip, start, moments_of))
+
+
+def base_for(setup: Setup, prepared: Prepared, arm: Arm) -> Base:
+    """The frozen model as the arm trains on it: full fine-tuning copies float32 weights in every precision."""
+    precision = "float32" if arm.is_full else prepared.precision
+    pad_token_id = tokenised(setup).pad_token_id
+    place = locate_model(setup.model)
+    return load_base(place, setup.task, prepared.labels, pad_token_id, precision, prepared.attention)
 
 
 def fresh_state(base: Base, trial: TrialSpec) -> dict[str, Tensor]:
