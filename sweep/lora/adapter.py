@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sweep.lora.layers import Bucket, DropoutKeys, PackedLoraLinear, PackedTrainedLinear
+from sweep.lora.layers import Bucket, ForwardPass, PackedLoraLinear, PackedTrainedLinear
 
 State = dict[str, Tensor]
 
@@ -46,9 +46,9 @@ class Pack:
     """K trials installed on a model."""
 
     trials: int
-    stacks: tuple[Stack, ...]
-    replaced: tuple[tuple[str, nn.Module], ...]  # what stood where the packed layers stand now
-    dropout: DropoutKeys | None
+    stacks: list[Stack]
+    replaced: list[tuple[str, nn.Module]]  # what stood where the packed layers stand now
+    forward_pass: ForwardPass
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
@@ -93,12 +93,20 @@ def install(model: nn.Module, adapters: Sequence[Adapter], head: Sequence[str], 
     head: names of the nn.Linear layers of which each trial trains a copy of its own.
     """
     device = next(model.parameters()).device
-    keys = None
-    if dropout > 0:
-        keys = DropoutKeys(dropout, torch.tensor([a.seed for a in adapters], dtype=torch.int64, device=device))
+    forward_pass = ForwardPass(torch.tensor([a.seed for a in adapters], dtype=torch.int64, device=device), dropout)
+    pack = Pack(len(adapters), [], [], forward_pass)
+    try:
+        _replace_layers(model, adapters, head, pack)
+    except BaseException:  # out of memory, or an interrupt: the next pack must find the base as it was
+        remove(model, pack)
+        raise
+    return pack
+
+
+def _replace_layers(model: nn.Module, adapters: Sequence[Adapter], head: Sequence[str], pack: Pack) -> None:
+    """Put packed layers in place, one by one, each noted in pack.replaced before it stands."""
+    device, stacks = pack.forward_pass.seeds_K.device, pack.stacks
     layers = linear_modules(model)
-    stacks: list[Stack] = []
-    replaced: list[tuple[str, nn.Module]] = []
     adapted = {name for adapter in adapters for name in adapter.modules}
     for index, name in enumerate(name for name in layers if name in adapted):
         buckets = []
@@ -110,8 +118,9 @@ def install(model: nn.Module, adapters: Sequence[Adapter], head: Sequence[str], 
             buckets.append(Bucket(start, stop, A_GrI, B_GOr, scaling_G11))
             stacks.append(Stack(f"{name}.lora_A.weight", start, stop, A_GrI))
             stacks.append(Stack(f"{name}.lora_B.weight", start, stop, B_GOr))
-        replaced.append((name, layers[name]))
-        model.set_submodule(name, PackedLoraLinear(layers[name], len(adapters), buckets, keys, index))
+        packed_layer = PackedLoraLinear(layers[name], len(adapters), buckets, pack.forward_pass, index)
+        pack.replaced.append((name, layers[name]))
+        model.set_submodule(name, packed_layer)
     for name in head:
         weight_KOI = _stack(adapters, f"{name}.weight", device)
         bias_KO = _stack(adapters, f"{name}.bias", device) if layers[name].bias is not None else None
@@ -119,9 +128,8 @@ def install(model: nn.Module, adapters: Sequence[Adapter], head: Sequence[str], 
         stacks.append(Stack(f"{name}.weight", 0, len(adapters), packed.weight))
         if packed.bias is not None:
             stacks.append(Stack(f"{name}.bias", 0, len(adapters), packed.bias))
-        replaced.append((name, layers[name]))
+        pack.replaced.append((name, layers[name]))
         model.set_submodule(name, packed)
-    return Pack(len(adapters), tuple(stacks), tuple(replaced), keys)
 
 
 def remove(model: nn.Module, pack: Pack) -> None:

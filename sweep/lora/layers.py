@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass
-class DropoutKeys:
-    """What decides which inputs are dropped: the trials' seeds and the step, set before each forward pass."""
+class UnpackableError(ValueError):
+    """A layer of this model does not see the batch's rows, so trials cannot share a pass; a pack of one can."""
 
-    p: float
-    seeds_K: Tensor  # int64
+
+@dataclass
+class ForwardPass:
+    """What the packed layers must know of the pass that is under way; set before each."""
+
+    seeds_K: Tensor  # int64; with the step they decide which inputs dropout drops
+    p: float  # dropout of the updates' inputs
+    rows: int = 0  # K·b
     step: int = 0
-    on: bool = False  # off in evaluation
+    dropout: bool = False  # off in evaluation
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,21 @@ def packed_lora(x_KNI: Tensor, y_KNO: Tensor, buckets: list[Bucket], keep_KNI: T
 class PackedLoraLinear(nn.Module):
     """A frozen nn.Linear with the updates of K trials."""
 
-    def __init__(self, base: nn.Linear, trials: int, buckets: list[Bucket], dropout: DropoutKeys | None, index: int):
+    def __init__(self, base: nn.Linear, trials: int, buckets: list[Bucket], forward_pass: ForwardPass, index: int):
         super().__init__()
-        self.base, self.trials, self.buckets, self.dropout, self.index = base, trials, buckets, dropout, index
+        self.base, self.trials, self.buckets, self.forward_pass, self.index = base, trials, buckets, forward_pass, index
         for i, bucket in enumerate(buckets):
             self.register_parameter(f"A{i}", bucket.A_GrI)
             self.register_parameter(f"B{i}", bucket.B_GOr)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
+        if self.trials > 1 and len(x) != self.forward_pass.rows:
+            raise UnpackableError(f"an adapted layer sees {len(x)} rows of a batch of {self.forward_pass.rows}")
         x_KNI = x.reshape(self.trials, -1, x.shape[-1])
         keep_KNI = None
-        if self.dropout is not None and self.dropout.on:
-            keep_KNI = dropout_keep(x.reshape(self.trials, -1, *x.shape[1:]).shape, self.dropout, self.index)
+        if self.forward_pass.dropout:
+            keep_KNI = dropout_keep(x.reshape(self.trials, -1, *x.shape[1:]).shape, self.forward_pass, self.index)
             keep_KNI = keep_KNI.reshape(x_KNI.shape).to(x.dtype)
         y_KNO = y.reshape(self.trials, -1, y.shape[-1])
         return packed_lora(x_KNI, y_KNO, self.buckets, keep_KNI).reshape(y.shape)
@@ -92,7 +99,7 @@ class PackedTrainedLinear(nn.Module):
         return y_KNO.reshape(*x.shape[:-1], -1)
 
 
-def dropout_keep(shape: torch.Size, keys: DropoutKeys, layer: int) -> Tensor:
+def dropout_keep(shape: torch.Size, keys: ForwardPass, layer: int) -> Tensor:
     """0 or 1 / (1 − p) for each element of (K, b, …, I), a hash of (trial's seed, step, layer, place in the trial).
 
     Counter-based, so that a trial drops the same inputs whatever its neighbours and however far rows are padded:

@@ -6,12 +6,13 @@ Shapes: K trials in the pack, G trials of one stack, P elements a trial in that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sweep.lora.adapter import Pack, State
+from sweep.lora.adapter import Pack, Stack, State
 
 
 def lr_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
@@ -45,8 +46,8 @@ class PackedAdamW:
     moments: list[tuple[Tensor, Tensor]]  # of each stack: mean (G, P), square (G, P)
     step_count: int
     alive_K: Tensor  # bool
-    weight_decay: float
-    clip: float | None
+    weight_decay_K: Tensor
+    clip_K: Tensor  # largest gradient norm of a trial; inf: no clipping
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -54,13 +55,13 @@ class PackedAdamW:
     def step(self, loss_K: Tensor, lr_K: Tensor) -> Tensor:
         """One step of every live trial from the gradients on the stacks; clears them. Returns gradient norms (K,)."""
         self.step_count += 1
-        grads_GP = [stack.tensor.grad.reshape(stack.stop - stack.start, -1) for stack in self.pack.stacks]  # type: ignore[union-attr]
+        grads_GP = [_gradient(stack) for stack in self.pack.stacks]
         square_K = torch.zeros_like(lr_K)
         for stack, grad_GP in zip(self.pack.stacks, grads_GP, strict=True):
             square_K[stack.start : stack.stop] += grad_GP.square().sum(1)
         norm_K = square_K.sqrt()
         self.alive_K &= torch.isfinite(norm_K) & torch.isfinite(loss_K)
-        factor_K = torch.ones_like(norm_K) if self.clip is None else (self.clip / (norm_K + 1e-6)).clamp(max=1.0)
+        factor_K = (self.clip_K / (norm_K + 1e-6)).clamp(max=1.0)
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.step_count, 1 - beta2**self.step_count
         all_alive = bool(self.alive_K.all())
@@ -73,8 +74,8 @@ class PackedAdamW:
                 alive_G1 = self.alive_K[part, None]
                 grad_GP = torch.where(alive_G1, grad_GP, 0.0)
                 lr_G1 = torch.where(alive_G1, lr_G1, 0.0)
-            if self.weight_decay and not stack.name.endswith(".bias"):
-                value_GP.mul_(1 - lr_G1 * self.weight_decay)
+            if not stack.name.endswith(".bias"):
+                value_GP.mul_(1 - lr_G1 * self.weight_decay_K[part, None])
             mean_GP.lerp_(grad_GP, 1 - beta1)
             square_GP.mul_(beta2).addcmul_(grad_GP, grad_GP, value=1 - beta2)
             denominator_GP = square_GP.sqrt().div_(math.sqrt(correction2)).add_(self.eps)
@@ -84,9 +85,16 @@ class PackedAdamW:
 
 
 def start_adamw(
-    pack: Pack, weight_decay: float, clip: float | None, step_count: int = 0, states: list[State] | None = None
+    pack: Pack,
+    weight_decays: Sequence[float],
+    clips: Sequence[float | None],
+    step_count: int = 0,
+    states: Sequence[State] | None = None,
 ) -> PackedAdamW:
-    """An optimizer at step 0, or one that goes on from each trial's `optimizer_state`."""
+    """An optimizer at step 0, or one that goes on from each trial's `optimizer_state`.
+
+    weight_decays, clips: of each trial; a clip of None is no clipping.
+    """
     moments = []
     for stack in pack.stacks:
         shape = (stack.stop - stack.start, stack.tensor[0].numel())
@@ -98,7 +106,12 @@ def start_adamw(
         moments.append((mean_GP, square_GP))
     device = pack.stacks[0].tensor.device
     return PackedAdamW(
-        pack, moments, step_count, torch.ones(pack.trials, dtype=torch.bool, device=device), weight_decay, clip
+        pack,
+        moments,
+        step_count,
+        alive_K=torch.ones(pack.trials, dtype=torch.bool, device=device),
+        weight_decay_K=torch.tensor(weight_decays, device=device),
+        clip_K=torch.tensor([math.inf if clip is None else clip for clip in clips], device=device),
     )
 
 
@@ -111,3 +124,9 @@ def optimizer_state(optimizer: PackedAdamW, k: int) -> State:
             state[f"mean.{stack.name}"] = mean_GP[k - stack.start].view(shape).cpu().clone()
             state[f"square.{stack.name}"] = square_GP[k - stack.start].view(shape).cpu().clone()
     return state
+
+
+def _gradient(stack: Stack) -> Tensor:
+    """(G, P); zero where no loss of this step came through the layer."""
+    gradient = stack.tensor.grad
+    return (torch.zeros_like(stack.tensor) if gradient is None else gradient).reshape(stack.stop - stack.start, -1)

@@ -47,6 +47,7 @@ def load_base(
     if task == CLASSIFICATION:
         auto: Any = transformers.AutoModelForSequenceClassification
         settings["num_labels"] = len(labels)
+        settings["ignore_mismatched_sizes"] = True  # a head for other labels: ours comes fresh anyway
         settings["id2label"] = dict(enumerate(labels))
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     else:
@@ -81,6 +82,9 @@ def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple
     find_output = getattr(model, "get_output_embeddings", None)
     output = find_output() if callable(find_output) else None
     layers = {n: layer for n, layer in linear_modules(model).items() if n not in head and layer is not output}
+    if not layers:
+        kinds = sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None})
+        raise FieldError(("arms.target_modules", f"the model has no nn.Linear layer to adapt, only {', '.join(kinds)}"))
     if target_modules == (ALL_LINEAR,):
         return layers
     endings = sorted({name.split(".")[-1] for name in layers})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,19 +11,20 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sweep.lora.layers import UnpackableError
 from sweep.lora.optim import lr_factor
 from sweep.study.arms import Arm
 from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device, load_base
-from sweep.training.locate import locate_model, model_fingerprint
-from sweep.training.rung import Trainee, pack_batches, start_trainee, tokenised, training_loss
+from sweep.training.locate import model_fingerprint
+from sweep.training.rung import Trainee, located, pack_batches, start_trainee, tokenised, training_loss
 
 CALIBRATION_PACK = 4
 PACK_SIZES_CPU, PACK_SIZES_CUDA = (4, 8), (8, 16, 32)
@@ -31,8 +33,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy")
 
 def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     """Load model and data, check every arm against them, and calibrate. Raises FieldError with all problems found."""
-    place = locate_model(setup.model)
-    data = tokenised(setup)
+    place, data = located(setup.model), tokenised(setup)
     if len(data.train) < setup.train.batch_size:
         raise FieldError(
             ("train.batch_size", f"{setup.train.batch_size} is more than the {len(data.train)} training rows there are")
@@ -44,6 +45,9 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
             trainable[arm.name] = check_arm(base, arm)
         except FieldError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and setup.data.max_length > positions:
+        problems.append(("data.max_length", f"{setup.data.max_length} is more than the model's {positions} positions"))
     if problems:
         raise FieldError(*problems)
     device = find_device()
@@ -60,9 +64,14 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         attention="eager",
         pack_size=CALIBRATION_PACK,
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
-        versions={package: version(package) for package in PACKAGES},
+        versions=_versions(),
     )
     return calibrate(setup, prepared, [arm for arm in arms if not arm.is_full])
+
+
+def fingerprints(setup: Setup) -> tuple[str, str]:
+    """Of the data and of the model as they are now: a study that goes on must find what it began with."""
+    return tokenised(setup).fingerprint, model_fingerprint(located(setup.model))
 
 
 def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared:
@@ -90,20 +99,33 @@ def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared
 
 
 def _measure(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    sizes = PACK_SIZES_CUDA if torch.cuda.is_available() else PACK_SIZES_CPU
+    try:
+        return _measure_packs(setup, prepared, arms, CALIBRATION_PACK, sizes)
+    except UnpackableError:
+        return _measure_packs(setup, prepared, arms, 1, ())
+
+
+def _measure_packs(
+    setup: Setup, prepared: Prepared, arms: Sequence[Arm], first_size: int, sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Every precision and attention with packs of first_size, then the other sizes with the fastest of them."""
     precisions = ["float32", "bfloat16"] if setup.train.precision == "auto" else [setup.train.precision]
     figures = []
     for precision in precisions:
         for attention in ("sdpa", "eager"):
-            choice = replace(prepared, precision=precision, attention=attention, pack_size=CALIBRATION_PACK)
+            choice = replace(prepared, precision=precision, attention=attention, pack_size=first_size)
             try:
                 figures.append(_time_pack(setup, choice, arms))
+            except UnpackableError:
+                raise
             except (ValueError, NotImplementedError, RuntimeError):  # an attention this model does not have
                 if (attention, precision) == ("eager", precisions[-1]) and not figures:
                     raise
     best = min(figures, key=lambda figure: figure["ms_per_trial_step"])
     choice = replace(prepared, precision=best["precision"], attention=best["attention"])
-    for size in PACK_SIZES_CUDA if torch.cuda.is_available() else PACK_SIZES_CPU:
-        if size != CALIBRATION_PACK:
+    for size in sizes:
+        if size != first_size:
             try:
                 figures.append(_time_pack(setup, replace(choice, pack_size=size), arms))
             except torch.OutOfMemoryError:
@@ -150,6 +172,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are there: a bare GPU machine lacks some."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _calibration_key(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> str:

@@ -38,9 +38,9 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
 def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     """The same in this process, which must be a fresh one: the high-water mark is the process's.
 
-    Weights, gradients and optimizer state are counted from the tensors; activations are what else the peak holds
-    (with workspace). On the CPU the peak is the bytes of the loaded base and the rise of the resident high-water
-    mark over it; on CUDA the peak of the allocator.
+    Weights, gradients (4 bytes a trainable parameter) and optimizer state (8 bytes: two moments) are computed from the
+    parameters' number; activations are what else the peak holds, workspace among it. On the CPU the peak is the bytes
+    of the loaded base and the rise of the resident high-water mark over it; on CUDA the peak of the allocator.
     """
     device = find_device()
     data = tokenised(setup)

@@ -31,10 +31,10 @@ from sweep.study.records import Measurement, Prepared, Setup, TrialSpec, Unit
 from sweep.training.base import Base, load_base, target_layers
 from sweep.training.batches import Batch, collate, step_rows
 from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sweep.training.data import TokenisedData, load_data
+from sweep.training.data import Split, TokenisedData, load_data
 from sweep.training.full import start_full
-from sweep.training.locate import locate_model
-from sweep.training.tasks import evaluate, mean_loss, score
+from sweep.training.locate import ModelPlace, locate_model
+from sweep.training.tasks import evaluation_batches, mean_loss, score, summarise
 
 
 class Trainee(Protocol):
@@ -106,10 +106,8 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
             alive.append(trainee.alive_K.clone())
             tokens += tokens_K
         losses_KS, alive_KS = torch.stack(losses, 1).cpu().tolist(), torch.stack(alive, 1).cpu()
-        with _dropout(trainee, None), _autocast(trainee, unit.prepared):
-            pad = data.pad_token_id
-            scores = evaluate(trainee.model, data.validation, setup.task, len(trials), pad)
-            tests = evaluate(trainee.model, data.test, setup.task, len(trials), pad) if unit.test else None
+        scores = held_out_scores(trainee, data.validation, setup, unit.prepared)
+        tests = held_out_scores(trainee, data.test, setup, unit.prepared) if unit.test else None
 
         found = {}
         for k, trial in enumerate(trials):
@@ -128,7 +126,8 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
                 pack_seconds=0.0,
                 tokens=int(tokens[k]),
             )
-            if alive_KS[k].all() and np.isfinite(scores[k]["loss"]):
+            held_out = [scores[k]["loss"], *(tests[k].values() if tests else ())]
+            if alive_KS[k].all() and np.isfinite(held_out).all():
                 weights, moments = trainee.states(k)
                 info = {"arm": trial.arm.name, "learning_rate": trial.learning_rate, "seed": trial.seed}
                 measurement = replace(
@@ -165,15 +164,20 @@ def start_trainee(setup: Setup, prepared: Prepared, trials: list[TrialSpec], sta
         for trial, state in zip(trials, states, strict=True)
     ]
     pack = install(base.model, adapters, base.head, train.dropout)
-    moments_of = [c.optimizer for c in checkpoints] if start else None
-    return PackTrainee(base.model, pack, start_adamw(pack, train.weight_decay, train.clip, start, moments_of))
+    try:
+        moments_of = [c.optimizer for c in checkpoints] if start else None
+        decays, clips = [train.weight_decay] * len(trials), [train.clip] * len(trials)
+        return PackTrainee(base.model, pack, start_adamw(pack, decays, clips, start, moments_of))
+    except BaseException:
+        remove(base.model, pack)
+        raise
 
 
 def base_for(setup: Setup, prepared: Prepared, arm: Arm) -> Base:
     """The frozen model as the arm trains on it: full fine-tuning copies float32 weights in every precision."""
     precision = "float32" if arm.is_full else prepared.precision
     pad_token_id = tokenised(setup).pad_token_id
-    place = locate_model(setup.model)
+    place = located(setup.model)
     return load_base(place, setup.task, prepared.labels, pad_token_id, precision, prepared.attention)
 
 
@@ -189,8 +193,17 @@ def fresh_state(base: Base, trial: TrialSpec) -> dict[str, Tensor]:
 
 def training_loss(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared, step: int) -> Tensor:
     """Every trial's mean loss (K,) on its own rows of the pack's batch."""
-    with _dropout(trainee, step), _autocast(trainee, prepared):
+    with _forward_pass(trainee, len(batch.input_ids_RT), step), _autocast(trainee, prepared):
         return mean_loss(score(trainee.model, batch, setup.task, trainee.trials))
+
+
+def held_out_scores(trainee: Trainee, split: Split, setup: Setup, prepared: Prepared) -> list[dict[str, float]]:
+    """Every trial on all rows of a split; see `summarise`."""
+    trials, found = trainee.trials, []
+    for batch in evaluation_batches(trainee.model, split, setup.task, trials, tokenised(setup).pad_token_id):
+        with torch.no_grad(), _forward_pass(trainee, len(batch.input_ids_RT), None), _autocast(trainee, prepared):
+            found.append(score(trainee.model, batch, setup.task, trials))
+    return summarise(found, setup.task)
 
 
 def pack_batches(
@@ -208,15 +221,21 @@ def pack_batches(
 
 @lru_cache(maxsize=2)
 def tokenised(setup: Setup) -> TokenisedData:
-    return load_data(setup, locate_model(setup.model))
+    return load_data(setup, located(setup.model))
+
+
+@lru_cache(maxsize=8)
+def located(model: str) -> ModelPlace:
+    """Found once a process: a hub that goes away later must not end trials."""
+    return locate_model(model)
 
 
 @contextlib.contextmanager
-def _dropout(trainee: Trainee, step: int | None) -> Iterator[None]:
-    """Dropout of the adapters' inputs on, for a training step; None: off."""
-    keys = trainee.pack.dropout if isinstance(trainee, PackTrainee) else None
-    if keys is not None:
-        keys.on, keys.step = step is not None, step or 0
+def _forward_pass(trainee: Trainee, rows: int, step: int | None) -> Iterator[None]:
+    """Tell the packed layers of a pass over `rows` rows: of a training step, or (None) without dropout."""
+    if isinstance(trainee, PackTrainee):
+        told = trainee.pack.forward_pass
+        told.rows, told.step, told.dropout = rows, step or 0, step is not None and told.p > 0
     yield
 
 

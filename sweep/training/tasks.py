@@ -6,6 +6,7 @@ Shapes: K trials in the pack, b rows a trial, R = K·b rows, T tokens a row, M t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from sweep.training.batches import Batch, collate
 from sweep.training.data import Split
 
 CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
-EVAL_TOKENS = 4096  # of one forward pass in evaluation
+EVAL_TOKENS, EVAL_LOGITS = 4096, 2**26  # of one forward pass in evaluation
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,22 @@ def mean_loss(scores: Scores) -> Tensor:
     return scores.loss_K / scores.count_K.clamp(min=1)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Split, task: str, trials: int, pad_token_id: int) -> list[dict[str, float]]:
-    """Every trial on all rows of a split: `loss` and the task's own, `accuracy` or `perplexity`."""
+def evaluation_batches(model: nn.Module, split: Split, task: str, trials: int, pad_token_id: int) -> Iterator[Batch]:
+    """All rows of a split, shortest first, the same ones for every trial."""
     order = np.argsort(split.lengths, kind="stable")
-    per_pass = max(1, EVAL_TOKENS // (trials * int(split.lengths.max())))
-    loss_K, correct_K, count_K = (torch.zeros(trials, dtype=torch.float64) for _ in range(3))
+    tokens = EVAL_TOKENS
+    if task == CAUSAL_LM:  # the logits of a pass are tokens × vocabulary
+        tokens = min(tokens, EVAL_LOGITS // int(model.get_input_embeddings().num_embeddings))  # type: ignore[operator]
+    per_pass = max(1, tokens // (trials * int(split.lengths.max())))
     for i in range(0, len(order), per_pass):
-        scores = score(model, collate(split, np.tile(order[i : i + per_pass], trials), pad_token_id), task, trials)
-        loss_K += scores.loss_K.double().cpu()
-        correct_K += scores.correct_K.double().cpu()
-        count_K += scores.count_K.double().cpu()
+        yield collate(split, np.tile(order[i : i + per_pass], trials), pad_token_id)
+
+
+def summarise(passes: Sequence[Scores], task: str) -> list[dict[str, float]]:
+    """Of every trial over all passes: `loss` and the task's own, `accuracy` or `perplexity`."""
+    loss_K = torch.stack([scores.loss_K.double().cpu() for scores in passes]).sum(0)
+    correct_K = torch.stack([scores.correct_K.double().cpu() for scores in passes]).sum(0)
+    count_K = torch.stack([scores.count_K.double().cpu() for scores in passes]).sum(0)
     results = []
     for loss, correct, count in zip(loss_K.tolist(), correct_K.tolist(), count_K.tolist(), strict=True):
         mean = loss / count
