@@ -189,7 +189,7 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
             )
         if was_complete:
             _say(f"study {study.name} is complete: nothing to do")
-        places = publishing.published(folder) or publishing.publish(study, folder, projector, home.cache)
+        places = publishing.publish(study, folder, projector, home.cache)
     except Busy as error:
         raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
@@ -291,6 +291,7 @@ def _need_writable(home: Home) -> None:
 def _explain(error: Exception) -> tuple[Sequence[str], int]:
     """What to print for an error, and the exit code."""
     from sweep.study.file import StudyError
+    from sweep.tracking.connection import without_credentials
 
     if isinstance(error, Refused):
         return error.lines, error.code
@@ -299,7 +300,7 @@ def _explain(error: Exception) -> tuple[Sequence[str], int]:
     if isinstance(error, FieldError):
         return [f"{field}: {message}" for field, message in error.problems], USAGE
     text = str(error).strip().splitlines()
-    reason = f"{text[0]}" if text else type(error).__name__
+    reason = without_credentials(text[0]) if text else type(error).__name__
     return [f"error: {reason}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
 
 

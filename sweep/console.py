@@ -160,7 +160,7 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
         )
     searched = sum(row.step_seconds * len(rates[row.arm.name]) * study.train.steps for row in rows)
     lines.append(f"the search alone, unpacked and unpruned: at most {clock(searched)}; packs and pruning shorten it")
-    lines.append("memory and time are predicted, for each arm alone; nothing was trained")
+    lines.append("memory and time are predicted, for each arm alone; nothing but a few timing steps was trained")
     return lines, table
 
 

@@ -25,9 +25,8 @@ SECONDS_TO_STOP = 10.0
 
 def serve(home: Home, study: str | None, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM; where tracking goes to a server, only say where that is."""
-    address = dashboard_address(home, port)
     if find_tracking(home).uri.startswith(("http://", "https://")):
-        print(f"tracking goes to a server with a UI of its own: {_page(home, study, address)}")
+        print(f"tracking goes to a server with a UI of its own: {dashboard_address(home, port, study)}")
         return
     if _taken(port):
         raise Refused(f"port {port} is taken; choose another: sweep dashboard --port {port + 1}", code=FAILED)
@@ -38,8 +37,8 @@ def serve(home: Home, study: str | None, port: int) -> None:
             command, env=dashboard_environment(home), stdout=log, stderr=log, start_new_session=True
         )
         try:
-            _wait_until_up(server, address)
-            print(f"{_page(home, study, address)} (Ctrl-C stops it)", flush=True)
+            _wait_until_up(server, port)
+            print(f"{dashboard_address(home, port, study)} (Ctrl-C stops it)", flush=True)
             server.wait()
         except KeyboardInterrupt:
             return
@@ -48,16 +47,6 @@ def serve(home: Home, study: str | None, port: int) -> None:
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()
     raise Refused("the MLflow server ended by itself:", *said[-5:], code=FAILED)
-
-
-def _page(home: Home, study: str | None, address: str) -> str:
-    """The experiment's page; the front page without a study, or while it is not tracked yet."""
-    if study is None:
-        return address
-    from mlflow import MlflowClient
-
-    experiment = MlflowClient(tracking_uri=find_tracking(home).uri).get_experiment_by_name(study)
-    return f"{address}/#/experiments/{experiment.experiment_id}" if experiment else address
 
 
 def _taken(port: int) -> bool:
@@ -70,12 +59,12 @@ def _taken(port: int) -> bool:
     return False
 
 
-def _wait_until_up(server: subprocess.Popen[bytes], address: str) -> None:
+def _wait_until_up(server: subprocess.Popen[bytes], port: int) -> None:
     """Returns when the server answers, has ended, or has had time enough."""
     deadline = time.monotonic() + SECONDS_TO_START
     while server.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.2)

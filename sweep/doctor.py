@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import os
 import platform
 import shutil
@@ -13,8 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from sweep.study.home import Home
+from sweep.tracking.connection import without_credentials
 
 NEEDED = ("torch", "transformers", "datasets", "safetensors", "peft", "optuna", "mlflow", "pydantic", "matplotlib")
 OPTIONAL = {
@@ -141,30 +145,41 @@ def _storage(home: Home) -> Check:
     if not url:
         return Check("Optuna storage", home.optuna_url)
     try:
-        from sqlalchemy import create_engine, make_url
+        from sqlalchemy import create_engine
 
-        shown = make_url(url).render_as_string(hide_password=True)
         create_engine(url).connect().close()
     except Exception as error:  # drivers raise errors of their own, and missing ones ImportError
-        reason = str(error).strip().splitlines()[0]
+        reason = without_credentials(next(iter(str(error).strip().splitlines()), type(error).__name__))
         return Check("Optuna storage", f"SWEEP_STORAGE does not open: {reason}", False, "start the server, or unset it")
-    return Check("Optuna storage", shown)
+    return Check("Optuna storage", without_credentials(url))
 
 
 def _tracking(home: Home) -> Check:
     url = os.environ.get("MLFLOW_TRACKING_URI")
     if not url:
         return Check("tracking", home.mlflow_url)
+    shown = without_credentials(url)
     if not url.startswith(("http://", "https://")):
-        return Check("tracking", url)
+        return Check("tracking", shown)
     advice = "start the server, or unset MLFLOW_TRACKING_URI; studies run without it and are tracked later"
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
-            return Check("tracking", f"{url} answers")
+        request = urllib.request.Request(f"{shown.rstrip('/')}/health", headers=_authorization(url))
+        with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER):
+            return Check("tracking", f"{shown} answers")
     except urllib.error.HTTPError as error:
-        return Check("tracking", f"{url} answers with HTTP {error.code}", False, advice, needed=False)
-    except (OSError, ValueError) as error:
-        return Check("tracking", f"{url} does not answer: {error}", False, advice, needed=False)
+        return Check("tracking", f"{shown} answers with HTTP {error.code}", False, advice, needed=False)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = without_credentials(str(error))
+        return Check("tracking", f"{shown} does not answer: {reason}", False, advice, needed=False)
+
+
+def _authorization(url: str) -> dict[str, str]:
+    """The header for the user and password in a URL, which urllib takes for a part of the host's name."""
+    parts = urlsplit(url)
+    if not parts.username:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
 
 
 def _gib(size: float) -> str:

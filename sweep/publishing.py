@@ -1,4 +1,4 @@
-"""What follows a complete study: the report, the recommended adapter, and both in MLflow, once; export on demand."""
+"""What follows a complete study: the report and the recommended adapter, once, and both in MLflow; export on demand."""
 
 from __future__ import annotations
 
@@ -35,29 +35,34 @@ class Places:
 
 
 def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path) -> Places:
-    """Write report and adapter and bring MLflow up to date; remembered once all three are done."""
-    record = read_study_record(folder)
+    """Write report and adapter where they do not lie there yet, and bring MLflow up to date."""
+    places = _published(folder)
+    if places is None:
+        places = _write(study, read_study_record(folder), cache)
+        if places.whole:
+            _remember(places, folder)
+    # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
+    adapter = Path(places.adapter) if places.adapter else None
+    warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, " ".join(places.sentences))
+    return replace(places, warnings=(*places.warnings, warning)) if warning else places
+
+
+def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
     to = Path("reports") / study.name
     findings = write_report(study, record, to)
     places = Places(tuple(findings.sentences), str(to.absolute()), None)
-    places = _with_adapter(places, study, record, findings, cache)
-    adapter = Path(places.adapter) if places.adapter else None
-    warning = projector.finish(SECONDS_TO_TRACK, to, adapter, " ".join(findings.sentences))
-    if warning:
-        return replace(places, warnings=(*places.warnings, warning))
-    if places.whole:
-        _remember(places, folder)
-    return places
+    return _with_adapter(places, study, record, findings, cache)
 
 
-def published(folder: StudyFolder) -> Places | None:
-    """What an earlier run published, while its report still lies there."""
+def _published(folder: StudyFolder) -> Places | None:
+    """What an earlier run wrote, while it still lies there."""
     try:
         values = json.loads(_memory(folder).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     places = Places(**{**values, "sentences": tuple(values["sentences"]), "warnings": tuple(values["warnings"])})
-    return places if Path(places.report, "report.html").exists() else None
+    there = [Path(places.report, "report.html"), *([Path(places.adapter)] if places.adapter else [])]
+    return places if all(path.exists() for path in there) else None
 
 
 def lines(places: Places, name: str, home: Home) -> list[str]:

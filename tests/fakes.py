@@ -94,9 +94,13 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     )
 
 
+def fingerprints(setup: Setup) -> tuple[str, str]:
+    return "d", "m"
+
+
 def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     return Cost(arm.cost_key, arm.r, 1, 1, {"weights": 1}, 0.1, (0.1,), 1.0, 1, "cpu")
 
 
 def fake_work(train: Callable[[Unit], tuple[Measurement, ...]] = train_rung) -> Work:
-    return Work(prepare=prepare, train_rung=train, probe=probe)
+    return Work(prepare=prepare, fingerprints=fingerprints, train_rung=train, probe=probe)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from commands import sweep
 from fakes import make_study
 
 from sweep import cli, console
@@ -24,14 +25,6 @@ from sweep.study.records import TrialSpec
 from sweep.tracking.journal import append, append_asked, append_end
 
 HEAVY = {"torch", "transformers", "optuna", "mlflow", "datasets", "pandas", "numpy", "scipy", "matplotlib", "pydantic"}
-SWEEP = [sys.executable, "-c", "from sweep.cli import main; main()"]
-
-
-def sweep(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SWEEP_", "MLFLOW_"))}
-    return subprocess.run(
-        [*SWEEP, *words], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=120
-    )
 
 
 def modules_after(code: str) -> set[str]:

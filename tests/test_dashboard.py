@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import journals
+import psutil
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-from servers import free_port, running
+from servers import free_port
 
+from sweep.driver.question import write_question
 from sweep.study.home import Home
-from sweep.study.schema import Study
-from sweep.tracking.mlflow import dashboard_address, dashboard_command, dashboard_environment, find_tracking, project
+from sweep.tracking.mlflow import find_tracking, project
 
 pytestmark = pytest.mark.browser
 FLAGS = [
@@ -51,24 +56,43 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
     browser.quit()
 
 
-@pytest.fixture
-def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Study]]:
-    """The address of a study's runs, with the UI running as `sweep dashboard` runs it."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    home, study, port = Home(tmp_path / "home"), journals.sample_study(), free_port()
-    folder = journals.whole_study(home, study)
-    project(study, folder, find_tracking(home), **journals.write_results(tmp_path))
-    health = f"http://127.0.0.1:{port}/health"
-    with running(dashboard_command(home, port), dashboard_environment(home), health, tmp_path / "server.log"):
-        yield dashboard_address(home, port, study.name), study
+@contextmanager
+def dashboard(home: Home, study: str) -> Iterator[str]:
+    """The address that `sweep dashboard` prints. Ctrl-C ends it with code 0 and leaves no process behind."""
+    words = ["dashboard", study, "--home", str(home.root), "--port", str(free_port())]
+    command = subprocess.Popen([Path(sys.executable).with_name("sweep"), *words], stdout=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    servers: list[psutil.Process] = []
+    try:
+        said = command.stdout.readline()
+        servers = psutil.Process(command.pid).children(recursive=True)
+        assert said.startswith("http://127.0.0.1:") and servers
+        yield said.split()[0]
+        command.send_signal(signal.SIGINT)
+        assert command.wait(20) == 0
+        assert [server for server in servers if server.is_running()] == []
+    finally:
+        for process in (command, *(server for server in servers if server.is_running())):
+            process.kill()
+        command.wait()
+        command.stdout.close()
 
 
 def test_a_person_finds_the_trials_their_curves_and_the_report(
-    browser: webdriver.Chrome, dashboard: tuple[str, Study]
+    browser: webdriver.Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, study = dashboard
-    browser.get(address)
-    see(browser, study.question, "topics (study)", "21 matching runs")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home, study = Home(tmp_path / "home"), journals.sample_study()
+    folder = journals.whole_study(home, study)
+    write_question(study, folder)
+    project(study, folder, find_tracking(home), **journals.write_results(tmp_path))
+    with dashboard(home, study.name) as address:
+        browser.get(address)
+        look_around(browser, study.question)
+
+
+def look_around(browser: webdriver.Chrome, question: str) -> None:
+    see(browser, question, "topics (study)", "21 matching runs")
     click(browser, "//a[normalize-space()='topics (study)']/ancestor::div[@role='gridcell'][1]//button")  # unfold
     see(browser, "r2-ratio1 lr 3e-3 seed 1 confirm", "full lr 2e-4 seed 2 confirm")
     picture(browser, "1-runs")

@@ -74,6 +74,7 @@ def curves(record: StudyRecord) -> dict[int, tuple[str, float, int, str, str | N
     }
 
 
+@pytest.mark.slow
 def test_killed_study_completes_with_the_losses_of_an_undisturbed_one(tmp_path: Path) -> None:
     calm, shaken = tmp_path / "calm", tmp_path / "shaken"
     undisturbed = run(calm, tmp_path)

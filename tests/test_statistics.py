@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from scipy import stats
 from synthetic import quickstart, write_study
 
 from sweep.report.intervals import holm, judge, p_above, p_below, t_interval
+from sweep.report.search import SearchRow, edge_warnings, find_edges
+from sweep.report.sentences import recommendation
 from sweep.report.statistics import Findings, find
 from sweep.study.arms import Arm
-from sweep.study.records import CONFIRM, DIVERGED, SEARCH
+from sweep.study.records import CONFIRM, DIVERGED, FAILED, SEARCH
 
 SEEDS = [1, 2, 3, 4, 5]
 WOBBLE = dict(zip(SEEDS, (0.002, -0.001, 0.003, -0.002, 0.0), strict=True))
@@ -159,7 +162,50 @@ def test_diverged_seeds_are_left_out_aloud(tmp_path: Path) -> None:
     arm = findings.result("r4-ratio2")
     assert arm and arm.seeds == (1, 2, 4, 5) and arm.diverged_seeds == (3,)
     assert arm.to_reference and arm.to_reference.n == 4
-    assert "r4-ratio2: seed 3 diverged and is left out of its means." in findings.warnings
+    assert any(w.startswith("r4-ratio2: seed 3 diverged and is left out of its means.") for w in findings.warnings)
+
+
+def test_an_arm_that_diverged_on_a_seed_is_not_claimed_on_the_others_and_ends_the_sequence(tmp_path: Path) -> None:
+    findings = find_in(tmp_path, GOOD, ends={(CONFIRM, "r4-ratio2", 3): DIVERGED})
+    assert verdicts(findings) == {2: "inconclusive", 4: "inconclusive", 8: "non-inferior", 64: "reference"}
+    assert findings.recommended == "r8-ratio2"
+    arm, below = findings.result("r4-ratio2"), findings.result("r2-ratio2")
+    assert arm and arm.note == "diverged on seed 3, so not shown non-inferior"
+    assert below and below.note == "not tested: the sequence stopped at rank 4"
+    assert any("diverged" in w and "not called non-inferior" in w for w in findings.warnings)
+
+
+def test_an_arm_outside_the_sequence_that_diverged_is_not_claimed_either(tmp_path: Path) -> None:
+    ends = {(CONFIRM, f"r64-ratio{a}", 3): DIVERGED for a in (1, 2)}
+    findings = find_in(tmp_path, GOOD, "confirm.finalists=arm", ends=ends)
+    assert [r.verdict for r in findings.arms if r.arm.r == 64] == ["reference", "inconclusive"]
+    warnings = [w for w in findings.warnings if "seed 3 diverged" in w]
+    assert ["not called non-inferior" in w for w in warnings] == [False, True]
+
+
+def test_an_arm_with_a_failed_seed_is_judged_on_the_others(tmp_path: Path) -> None:
+    findings = find_in(tmp_path, GOOD, ends={(CONFIRM, "r2-ratio2", 3): FAILED})
+    assert verdicts(findings)[2] == "non-inferior"
+    assert "r2-ratio2: seed 3 failed and is left out of its means." in findings.warnings
+
+
+def test_an_arm_shown_inferior_stays_so_when_it_also_diverged(tmp_path: Path) -> None:
+    findings = find_in(tmp_path, {**GOOD, 2: 0.40}, ends={(CONFIRM, "r2-ratio2", 3): DIVERGED})
+    assert verdicts(findings)[2] == "inferior"
+
+
+def test_the_bound_that_is_quoted_is_that_of_the_arm_that_stopped_the_sequence(tmp_path: Path) -> None:
+    findings = find_in(tmp_path, {**GOOD, 8: 0.40}, "confirm.finalists=arm")
+    (stopped,) = [r for r in findings.arms if r.arm.r == 8 and r.in_sequence]
+    (other,) = [r for r in findings.arms if r.arm.r == 8 and not r.in_sequence]
+    assert stopped.to_reference and other.to_reference
+    swapped = [
+        replace(r, to_reference=replace(other.to_reference, upper=9.0)) if r is other else r for r in findings.arms
+    ]
+    study = quickstart("confirm.finalists=arm")
+    for arms in (swapped, swapped[::-1]):
+        first, _ = recommendation(study, replace(findings, arms=tuple(arms)))
+        assert f"may differ by up to +{stopped.to_reference.upper:.3f}" in first
 
 
 def test_an_arm_that_always_diverged_is_not_claimed(tmp_path: Path) -> None:
@@ -200,6 +246,36 @@ def test_edge_names_arm_rate_side_and_next_grid(tmp_path: Path) -> None:
 def test_a_rate_that_diverged_is_still_an_end_of_the_grid(tmp_path: Path) -> None:
     ends = {(SEARCH, f"r2-ratio{a}", 0.03): DIVERGED for a in (1, 2)}
     assert find_in(tmp_path, GOOD, ends=ends).edges == ()
+
+
+DRAWN = ["search.sampler=random", "tune.learning_rate={low: 1.0e-4, high: 1.0e-2, values: 3}"]
+
+
+@pytest.mark.parametrize(
+    ("best", "side", "moved"),
+    [
+        (9.0e-3, "upper", (1e-3, 1e-1)),
+        (1.5e-4, "lower", (1e-5, 1e-3)),
+        (5.0e-3, None, None),  # the highest that was drawn, but not near the end of the range
+    ],
+)
+def test_a_drawn_rate_near_an_end_of_its_range_is_told_with_the_range_to_try(
+    best: float, side: str | None, moved: tuple[float, float] | None
+) -> None:
+    study = quickstart(*DRAWN)
+    arm = study.list_arms()[0]
+    row = SearchRow(arm, (5e-4, 1e-3, best), best, 0.3, complete=1, pruned=2, diverged=0, failed=0)
+    edges = find_edges(study, [row])
+    assert [(e.side, e.next_range) for e in edges] == ([(side, pytest.approx(moved))] if side else [])
+    if moved:
+        (warning,) = edge_warnings(edges)
+        assert f"r2-ratio1 ({best:g})" in warning and f"low: {moved[0]:g}, high: {moved[1]:g}" in warning
+
+
+def test_drawn_rates_are_not_judged_before_all_were_tried() -> None:
+    study = quickstart(*DRAWN)
+    row = SearchRow(study.list_arms()[0], (9e-3,), 9e-3, 0.3, complete=1, pruned=1, diverged=0, failed=0)
+    assert find_edges(study, [row]) == ()
 
 
 def test_same_data_same_sentences(tmp_path: Path) -> None:

@@ -77,6 +77,18 @@ def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
         ("rank: [2, 8]", "rank: [0, 8]", "7: arms.rank.0: input should be greater than or equal to 1, not 0"),
         ("name: small", "name: Small one", "1: name: 'Small one': use lower-case letters, digits and dashes only"),
         ("[[query, value]]", "[query]", "9: arms.target_modules.0: each entry is a list of module-name endings"),
+        (
+            "[[query, value]]",
+            "[[query, value], [value, query]]",
+            "6: arms: target_modules names the same modules twice",
+        ),
+        ("[[query, value]]", "[[query], [query, query]]", "6: arms: target_modules names the same modules twice"),
+        ("1.0e-4, 1.0e-3]", "1.0e-4, 0.0001]", "13: tune.full_finetuning.learning_rate: holds a learning rate twice"),
+        (
+            "high: 1.0e-2",
+            "high: 1.00001e-4",
+            "11: tune.learning_rate: low (0.0001) and high (0.000100001) are",
+        ),
         ("[[query, value]]", "[[]]", "9: arms.target_modules.0: list should have at least 1 item"),
         (
             "{low: 1.0e-4, high: 1.0e-2, values: 3}",

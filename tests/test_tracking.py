@@ -7,15 +7,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import journals
 import mlflow
 import pytest
-from mlflow.entities import Run
 from servers import free_port, running
+from tracked import view
 
 from sweep.study.home import Home, StudyFolder
 from sweep.study.records import COMPLETE, CONFIRM, PRUNED, SEARCH
@@ -54,50 +53,6 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def study() -> Study:
     return journals.sample_study()
-
-
-@dataclass(frozen=True)
-class Held:
-    """What MLflow holds of one study, read back through its client."""
-
-    client: mlflow.MlflowClient
-    parent: Run
-    children: dict[int, Run]
-    files: set[str]
-
-    def points(self, run: Run) -> dict[str, list[tuple[int, float]]]:
-        """Every metric's whole history, doubles and all: (step, value)."""
-        history = {key: self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
-        return {key: sorted((point.step, point.value) for point in points) for key, points in history.items()}
-
-    def everything(self) -> list[Any]:
-        """All of it but MLflow's own ids."""
-        told = []
-        for run in (self.parent, *(self.children[number] for number in sorted(self.children))):
-            info, own = run.info, ("mlflow.parentRunId",)
-            tags = {key: value for key, value in run.data.tags.items() if key not in own}
-            data = [(each.dataset.to_dictionary(), str(each.tags)) for each in run.inputs.dataset_inputs]
-            told.append([info.run_name, info.status, info.start_time, info.end_time, run.data.params, tags, data])
-            told.append(self.points(run))
-        return [*told, sorted(self.files)]
-
-
-def view(tracking: Tracking, study: Study) -> Held:
-    client = mlflow.MlflowClient(tracking.uri)
-    runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id], max_results=1000)
-    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    children = {int(run.data.tags["sweep.trial"]): run for run in below}
-    assert len(children) == len(runs) - 1
-    return Held(client, parent, children, set(_files(client, parent.info.run_id, None)))
-
-
-def _files(client: mlflow.MlflowClient, run_id: str, folder: str | None) -> Iterator[str]:
-    for entry in client.list_artifacts(run_id, folder):
-        if entry.is_dir:
-            yield from _files(client, run_id, entry.path)
-        else:
-            yield entry.path
 
 
 def test_the_layout_is_the_one_that_is_promised(home: Home, study: Study, tmp_path: Path) -> None:
@@ -168,6 +123,28 @@ def test_a_finished_study_is_not_read_again(home: Home, study: Study, monkeypatc
 
     monkeypatch.setattr("sweep.tracking.view.read_study_record", never)
     project(study, folder, find_tracking(home))
+
+
+def test_nothing_is_tracked_before_the_question_is_found_good(home: Home, study: Study) -> None:
+    append(home.study(study.name).journal, "started")
+    project(study, home.study(study.name), find_tracking(home))
+    client = mlflow.MlflowClient(home.mlflow_url)
+    assert client.get_experiment_by_name(study.name) is None
+    mended = study.model_copy(update={"model": "another"})
+    project(mended, journals.start_journal(home, mended), find_tracking(home))
+    assert view(find_tracking(home), study).parent.data.params["model"] == "another"
+
+
+def test_a_run_made_by_hand_under_the_parent_is_let_be(home: Home, study: Study) -> None:
+    folder, tracking = journals.start_journal(home, study), find_tracking(home)
+    project(study, folder, tracking)
+    held = view(tracking, study)
+    experiment, parent = held.parent.info.experiment_id, held.parent.info.run_id
+    by_hand = held.client.create_run(experiment, tags={"mlflow.parentRunId": parent}, run_name="mine")
+    journals.write_search(folder, study)
+    project(study, folder, tracking)
+    assert len(held.client.search_runs([experiment])) == 2 + len(read_study_record(folder).trials)
+    assert held.client.get_run(by_hand.info.run_id).info.lifecycle_stage == "active"
 
 
 @pytest.mark.parametrize(

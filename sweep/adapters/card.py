@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path, PurePosixPath
+
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
+from sweep.training.locate import PACKAGE, locate_model
 
 
 def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: bool, evidence: str) -> str:
-    """Markdown with the front matter that the hub reads."""
+    """Markdown with the front matter that the hub reads, and Python that runs in the export's folder."""
     spec, last, prepared = trial.spec, trial.last, record.prepared
     assert last is not None and prepared is not None  # export() has refused those that have none
     arm, classify = spec.arm, study.task == "sequence-classification"
-    auto = "AutoModelForSequenceClassification" if classify else "AutoModelForCausalLM"
-    labels = f", num_labels={len(prepared.labels)}" if classify else ""
     scores = {"eval_loss": last.eval_loss, **last.eval_metrics, **last.test_metrics}
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None)
     labelled = f"; labels, in order: {', '.join(prepared.labels)}" if classify else ""
     what = "full fine-tuning" if arm.is_full else f"{arm.method}, rank {arm.r}, alpha {arm.lora_alpha:g}"
     if not arm.is_full:
         what += f" (scaling {arm.scaling:g}), on {', '.join(arm.target_modules)}"
-    if merge:
-        load = f'model = {auto}.from_pretrained("THIS FOLDER")'
-        imports = f"from transformers import {auto}"
-    else:
-        load = (
-            f'base = {auto}.from_pretrained("BASE"{labels})  # {study.model}\n'
-            'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
-        )
-        imports = f"from peft import PeftModel\nfrom transformers import {auto}"
     return f"""---
 library_name: {"transformers" if merge else "peft"}
 base_model: "{study.model}"
@@ -49,9 +41,53 @@ tags: [lora-sweep{"" if merge else ", lora"}]
 
 The claims above rest on all confirm seeds of the study; the table is this one trial alone.
 
-```python
-{imports}
+To load it, in this folder:
 
-{load}
+```python
+{loading(study.model, len(prepared.labels) if classify else None, merge)}
 ```
 """
+
+
+def loading(model: str, labels: int | None, merge: bool) -> str:
+    """The program that loads an export with transformers and PEFT alone, run in its folder.
+
+    labels: their number where rows are classified, else None.
+    """
+    auto = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
+    if merge:
+        load = f'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = {auto}.from_pretrained(".")'
+        return f"from transformers import {auto}, AutoTokenizer\n\n{load}"
+    imports, folder, gguf = _base(model)
+    settings = gguf if labels is None else f"{gguf}, num_labels={labels}"
+    lines = [*imports, "from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", folder]
+    lines += [
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{gguf})",
+        f"base = {auto}.from_pretrained(folder{settings})",
+    ]
+    if labels is not None:  # the model's own configuration may name another padding token, or none
+        lines += [
+            "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
+            "base.config.pad_token_id = tokenizer.pad_token_id",
+        ]
+    return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".")'])
+
+
+def _base(model: str) -> tuple[list[str], str, str]:
+    """(imports, the line that sets `folder`, the argument that names the GGUF file); this machine's paths stay out."""
+    packaged = model.startswith(PACKAGE)
+    if not packaged and not Path(model).expanduser().exists():
+        return [], f'folder = "{model}"', ""  # the hub's, which holds no GGUF files for us
+    name = locate_model(model).gguf_file
+    gguf = f', gguf_file="{name}"' if name else ""
+    path = PurePosixPath(model.removeprefix(PACKAGE))
+    if name and path.name == name:
+        path = path.parent
+    if model.startswith("~"):
+        return ["from pathlib import Path", ""], f'folder = Path("{path}").expanduser()', gguf
+    if not packaged:
+        return [], f'folder = "{path}"  # the base model, where the study found it', gguf
+    package, *inside = path.parts
+    place = "".join(f' / "{part}"' for part in inside)
+    where = f'folder = str(files("{package}"){place})  # of an installed package'
+    return ["from importlib.resources import files", ""], where, gguf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import time
 from collections import deque
@@ -16,11 +17,12 @@ from sweep.driver.packing import Pack, Ready, halves, plan_packs
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
-from sweep.driver.session import Session, ask, end, settle, warn
+from sweep.driver.session import Session, ask, can_ask, end, settle, warn
 from sweep.driver.storage import StorageError, open_ledger, open_storage
-from sweep.driver.takeup import match_trials, take_up
+from sweep.driver.takeup import match_trials, refuse_other_inputs, take_up
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
+from sweep.study.errors import FieldError
 from sweep.study.home import StudyFolder
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, PRUNED, Cost, Prepared, Unit, to_json
 from sweep.study.schema import Study
@@ -41,7 +43,8 @@ def run_study(
     """Run a study, or take it up where it stopped; once it is finished, change nothing.
 
     Failed trials do not end it: the journal tells of them. Raises Busy, QuestionChanged, StorageError, OSError where
-    the home cannot be written, and what `work.prepare` raises about the study. It may be killed at any point.
+    the home cannot be written, FieldError where model or data cannot be read or have changed, and what `work.prepare`
+    raises about the study. It may be killed at any point, and goes on once the trouble is over.
     """
     with hold_lock(folder) as lock:
         known = read_study_record(folder)
@@ -50,6 +53,9 @@ def run_study(
         if known.finished_at is not None:
             listen(_finished(study, known))
             return
+        setup = study.setup(str(cache))
+        if known.prepared is not None:
+            refuse_other_inputs(executor, work, setup, known.prepared)
         name_holder(lock)
         ledger = open_ledger(study, open_storage(storage_url), fresh=known.prepared is None)
         write_question(study, folder)
@@ -60,7 +66,7 @@ def run_study(
             folder=folder,
             executor=executor,
             work=work,
-            setup=study.setup(str(cache)),
+            setup=setup,
             ledger=ledger,
             listen=listen,
             tally=start_tally(study, records.values(), known.finalists),
@@ -90,7 +96,10 @@ def _prepare(session: Session) -> Prepared:
 
 
 def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], keep: float) -> None:
-    """Bring every slot's trial to its end, rung by rung, pack by pack."""
+    """Bring every slot's trial to its end, rung by rung, pack by pack.
+
+    Raises what is no trial's fault, once the packs in training have ended.
+    """
     if not slots:
         return
     session.tally.phase = slots[0].phase
@@ -99,11 +108,15 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
     ready = [member for group in groups for member in _judge(session, group)]
     packs: deque[Pack] = deque()
     running: dict[Future[Any], Pack] = {}
-    while ready or packs or running:
-        while (ready or packs) and len(running) < session.executor.slots:
+    trouble: Exception | None = None
+    while running or (trouble is None and (ready or packs)):
+        while trouble is None and len(running) < session.executor.slots:
             if not packs:
-                packs.extend(plan_packs(ready, prepared.pack_size))
-                ready = []
+                askable = {member.slot.index for member in ready if can_ask(session, member.slot)}
+                packs.extend(plan_packs([m for m in ready if m.slot.index in askable], prepared.pack_size))
+                ready = [member for member in ready if member.slot.index not in askable]
+            if not packs:
+                break
             pack = packs.popleft()
             running[_submit(session, prepared, pack)] = pack
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -113,6 +126,10 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
             error = future.exception()
             if error is not None and not isinstance(error, Exception):
                 raise error  # an interrupt that reached the worker
+            if error is not None and _is_passing(error):
+                trouble = error
+                session.say(f"{_trials(pack)} cannot go on: {_one_line(error)}")
+                continue
             if error is not None and len(pack.slots) > 1:
                 packs.extendleft(reversed(halves(pack)))
                 session.say(f"{_trials(pack)} failed together and are tried in halves: {_one_line(error)}")
@@ -127,6 +144,13 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
             for slot in pack.slots:
                 ready += _leave_rung(session, slot, group_of[slot.index])
             session.say(message)
+    if trouble is not None:
+        raise trouble
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether an error is no trial's fault and may be over when the command is run again: files, disks, networks."""
+    return isinstance(error, FieldError) or (isinstance(error, OSError) and error.errno != errno.ENOMEM)
 
 
 def _submit(session: Session, prepared: Prepared, pack: Pack) -> Future[Any]:
@@ -187,6 +211,8 @@ def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -
         session.say(f"measuring the cost of {key}")
         try:
             cost: Cost = session.executor.submit(session.work.probe, session.setup, prepared, arm).result()
+        except FieldError:  # data or model are gone; an OSError here may be for good (no /proc)
+            raise
         except Exception as error:
             warn(session, f"the cost of {key} could not be measured: {_one_line(error)}")
             continue

@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, R
 from sweep.study.schema import Range
 
 RATE = "learning_rate"
+LEARNING = ("tpe", "gp", "nsga2")  # samplers that look at the losses of earlier rates
 
 
 def draw_rate(sampler: str, seed: int, rates: Range, earlier: Sequence[tuple[float, float | None]]) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sweep.driver.checkpoints import tidy_checkpoints
 from sweep.driver.plan import Slot, search_slot
 from sweep.driver.progress import Progress, Tally, count_rung, snapshot
-from sweep.driver.sampling import draw_rate
+from sweep.driver.sampling import LEARNING, draw_rate
 from sweep.driver.storage import Ledger, create_trial, report, tell
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
@@ -51,6 +51,17 @@ def ask(session: Session, slot: Slot) -> TrialRecord:
         folder = str(session.folder.trial(number))
         start_record(session, slot.name, TrialSpec(number, slot.arm, rate, slot.seed, slot.phase, folder))
     return session.records[slot.name]
+
+
+def can_ask(session: Session, slot: Slot) -> bool:
+    """Whether the slot's trial exists or its rate can be drawn: a sampler that learns awaits the arm's earlier rates.
+
+    So the rates depend neither on who shares a pack nor on interruptions.
+    """
+    if slot.name in session.records or slot.rate is not None or session.study.search.sampler not in LEARNING:
+        return True
+    earlier = [session.records.get(search_slot(slot.arm, draw)) for draw in range(slot.draw)]
+    return all(record is not None and (record.rungs or record.state is not None) for record in earlier)
 
 
 def start_record(session: Session, slot: str, spec: TrialSpec) -> None:

@@ -12,8 +12,31 @@ from sweep.driver.plan import confirm_slot, search_slot
 from sweep.driver.sampling import RATE
 from sweep.driver.session import Session, end_if_over, start_record, warn
 from sweep.driver.storage import Ledger, StorageError, create_trial, list_trials, report, tell
-from sweep.study.records import SEARCH, TrialSpec
+from sweep.execution.executor import Executor
+from sweep.execution.worker import Work
+from sweep.study.errors import FieldError
+from sweep.study.records import SEARCH, Prepared, Setup, TrialSpec
 from sweep.tracking.journal import TrialRecord
+
+
+def refuse_other_inputs(executor: Executor, work: Work, setup: Setup, prepared: Prepared) -> None:
+    """Raise FieldError where data or model are not those that the study began with, or cannot be read any more."""
+    data, model = executor.submit(work.fingerprints, setup).result()
+    compared = (
+        ("data.source", setup.data.source, prepared.data_fingerprint, data),
+        ("model", setup.model, prepared.model_fingerprint, model),
+    )
+    problems = [
+        (
+            field,
+            f"{name} has changed since the study began (was {was}, now {now}): "
+            "restore it, or give the study another name",
+        )
+        for field, name, was, now in compared
+        if was != now
+    ]
+    if problems:
+        raise FieldError(*problems)
 
 
 def match_trials(ledger: Ledger, journals: Sequence[TrialRecord]) -> dict[str, TrialRecord]:

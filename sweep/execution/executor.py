@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from sweep.execution.worker import let_go
+
 
 class Executor(Protocol):
     @property
@@ -29,6 +31,7 @@ class InlineExecutor:
         try:
             future.set_result(fn(*args))
         except Exception as error:
+            let_go(error)  # or what failed for want of memory keeps its own until the retry is over
             future.set_exception(error)
         return future
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from traceback import clear_frames
 
 from sweep.study.arms import Arm
 from sweep.study.records import Cost, Measurement, Prepared, Setup, Unit
@@ -16,11 +21,27 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     return prepare(setup, arms)
 
 
+def fingerprints(setup: Setup) -> tuple[str, str]:
+    """Of the data and of the model as they are now. Raises FieldError where they cannot be read."""
+    from sweep.training.prepare import fingerprints
+
+    return fingerprints(setup)
+
+
 def train_rung(unit: Unit) -> tuple[Measurement, ...]:
-    """Train one pack for one rung, from its trials' last checkpoints to new ones; one measurement a trial, in order."""
+    """Train one pack for one rung, from its trials' last checkpoints to new ones; one measurement a trial, in order.
+
+    Raises FieldError where model or data cannot be read (any more), OSError where the disk is full or gone.
+    """
     from sweep.training.rung import train_rung
 
-    return train_rung(unit)
+    try:
+        return train_rung(unit)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors (Rust) tells of a full disk so
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), " ".join(str(error).split())) from error
 
 
 def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
@@ -30,10 +51,24 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     return probe(setup, prepared, arm)
 
 
+def let_go(error: BaseException) -> None:
+    """Free what an error's trace-back keeps alive, a failed pack's memory above all; its lines can still be printed."""
+    errors: list[BaseException] = [error]
+    for found in errors:
+        clear_frames(found.__traceback__)
+        errors += [e for e in (found.__cause__, found.__context__) if e is not None and e not in errors]
+    gc.collect()  # frames and tensors refer to each other
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # the device may be what failed
+            torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class Work:
     """The worker's functions as the driver calls them; tests put a fake trainer here."""
 
     prepare: Callable[[Setup, tuple[Arm, ...]], Prepared] = prepare
+    fingerprints: Callable[[Setup], tuple[str, str]] = fingerprints
     train_rung: Callable[[Unit], tuple[Measurement, ...]] = train_rung
     probe: Callable[[Setup, Prepared, Arm], Cost] = probe

@@ -6,7 +6,7 @@ Student's about 95 %.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def judge(
-    sequence: Sequence[ArrayLike], aside: Sequence[ArrayLike], epsilon: float
+    sequence: Sequence[ArrayLike], aside: Sequence[ArrayLike], epsilon: float, diverged: Collection[int] = ()
 ) -> tuple[list[str], list[str], int | None]:
     """Verdicts from the paired differences (arm − reference) of each arm; and where the sequence stopped, if it did.
 
@@ -75,17 +75,21 @@ def judge(
     ε stays *inconclusive*, as in CONSORT's guide to non-inferiority (Piaggio et al., JAMA 2012, figure 1): the loss
     may still be small enough to accept, and the interval beside the verdict says that it is not nil. With identical
     arms a false *inferior* is therefore rarer than 5 %: the difference must look larger than ε, not than 0.
+
+    `diverged` holds the arms, by their place in sequence + aside, that diverged on a seed. They are never shown
+    non-inferior: the pairs that are left were chosen by their outcome, and speak too well of the arm.
     """
     arms = [*sequence, *aside]
+    better = [1.0 if i in diverged else float(p_below(d, epsilon)) for i, d in enumerate(arms)]
     worse = holm([float(p_above(d, epsilon)) for d in arms])
     verdicts = [INFERIOR if p < LEVEL else INCONCLUSIVE for p in worse]
     stopped = None
-    for i, d in enumerate(sequence):
-        if p_below(d, epsilon) >= LEVEL:
+    for i in range(len(sequence)):
+        if better[i] >= LEVEL:
             stopped = i
             break
         verdicts[i] = NON_INFERIOR
-    for i, p in enumerate(holm([float(p_below(d, epsilon)) for d in aside]), start=len(sequence)):
+    for i, p in enumerate(holm(better[len(sequence) :]), start=len(sequence)):
         if p < LEVEL:
             verdicts[i] = NON_INFERIOR
     return verdicts[: len(sequence)], verdicts[len(sequence) :], stopped

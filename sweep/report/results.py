@@ -29,6 +29,7 @@ class ArmResult:
     to_full: Interval | None  # arm − full fine-tuning; None without a common seed, and for full itself
     to_reference: Interval | None  # arm − reference; None without a common seed, and for the reference itself
     verdict: str | None  # non-inferior, inferior, inconclusive, reference; None for full, or without a reference
+    in_sequence: bool  # tested in the fixed sequence, or the reference that heads it
     note: str  # why the verdict is what it is, where that is not plain
     diverged_seeds: tuple[int, ...]  # left out of the means
     failed_seeds: tuple[int, ...]  # left out of the means
@@ -40,7 +41,7 @@ class ArmResult:
 class Findings:
     arms: tuple[ArmResult, ...]  # smallest rank first, full fine-tuning last
     search: tuple[SearchRow, ...]  # one an arm; search scores choose and are not results
-    edges: tuple[Edge, ...]  # best learning rates on the edge of their grid
+    edges: tuple[Edge, ...]  # best learning rates on the edge of what was tried
     reference: str | None  # the arm that the others are held against, once it has a confirmed loss
     recommended: str | None  # arm name
     recommended_trial: int | None  # its confirm trial with the lowest validation loss

@@ -84,13 +84,15 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
     figure.supxlabel("learning rate (log scale)", fontsize=9.5, color=SOFT)
     figure.supylabel("validation loss", fontsize=9.5, color=SOFT)
     _legend(figure, panels[0], lines)
-    on_edge = f" Best on the edge of its grid: {', '.join(sorted(edges))}." if edges else " No best rate is on an edge."
+    on_edge = " No best rate is on an edge."
+    if edges:
+        on_edge = f" Best on the edge of its range: {', '.join(sorted(edges))}."
     return figure, Drawn(
         "loss-by-learning-rate",
         "Learning rates in the search",
         "Validation loss of every search trial where it ended: filled at the last rung, hollow at an earlier rung "
         "where it was pruned and so not comparable, a cross where it diverged; a ring marks a best rate on the edge of "
-        "its grid.",
+        "its range.",
         f"Validation loss against learning rate, one panel for each rank.{on_edge}",
     )
 

@@ -48,7 +48,7 @@ def _go_smaller(study: Study, pick: ArmResult) -> str:
 
 
 def _stay(study: Study, findings: Findings, pick: ArmResult) -> str:
-    smaller = [r for r in findings.arms if not r.arm.is_full and r.arm.r < pick.arm.r]
+    smaller = [r for r in findings.arms if r.in_sequence and r.arm.r < pick.arm.r]
     opening = f"Stay with the reference, {_setting(study, pick)}"
     if not smaller:
         return f"{opening}: no smaller rank was confirmed."
@@ -56,16 +56,19 @@ def _stay(study: Study, findings: Findings, pick: ArmResult) -> str:
     if seeds < 2:
         return f"{opening}: with one confirm seed there is no interval, so no smaller rank can be shown non-inferior."
     decimals = loss_decimals(study.confirm.epsilon)
-    nearest = max(smaller, key=lambda r: r.arm.r)
-    bound = nearest.to_reference.upper if nearest.to_reference else None
-    reason = (
-        f"; the loss of rank {nearest.arm.r} may differ by up to {signed(bound, decimals)} (one-sided 95 % bound over "
-        f"{plural(len(nearest.seeds), 'paired seed')})"
-        if bound is not None
-        else ""
-    )
+    nearest = max(smaller, key=lambda r: r.arm.r)  # the sequence stopped there, or a smaller rank were the pick
+    pairs, reason = nearest.to_reference, ""
+    if nearest.diverged_seeds:
+        reason = f"; rank {nearest.arm.r} diverged on {plural(len(nearest.diverged_seeds), 'seed')}"
+    elif pairs is not None and pairs.upper is not None:
+        reason = (
+            f"; the loss of rank {nearest.arm.r} may differ by up to {signed(pairs.upper, decimals)} "
+            f"(one-sided 95 % bound over {plural(pairs.n, 'paired seed')})"
+        )
+    # Arms that search did not choose may be shown so outside the sequence; they are not recommended.
+    ranks = "arm of the sequence" if study.confirm.finalists == "arm" else "rank"
     epsilon = f"{study.confirm.epsilon:g}"
-    return f"{opening}: no smaller rank was shown non-inferior to it within the declared ε of {epsilon}{reason}."
+    return f"{opening}: no smaller {ranks} was shown non-inferior to it within the declared ε of {epsilon}{reason}."
 
 
 def _saves_and_loses(study: Study, findings: Findings, pick: ArmResult) -> str:

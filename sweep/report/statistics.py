@@ -87,6 +87,7 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
         to_full=None,
         to_reference=None,
         verdict=None,
+        in_sequence=False,
         note="",
         diverged_seeds=tuple(t.spec.seed for t in trials if t.state == DIVERGED),
         failed_seeds=tuple(t.spec.seed for t in trials if t.state == FAILED),
@@ -103,6 +104,7 @@ def _compare(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRo
     if reference is not None and not reference.seeds:
         reference = None
     judged: dict[str, tuple[str, str]] = {}
+    in_sequence = {r.arm.name for r in _sequence(chosen, reference)}
     if reference is not None:
         judged = _judge(results, chosen, reference, study.confirm.epsilon)
         judged[reference.arm.name] = (REFERENCE, "")
@@ -115,6 +117,7 @@ def _compare(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRo
                 to_full=_paired_interval(result, full),
                 to_reference=_paired_interval(result, reference),
                 verdict=verdict,
+                in_sequence=result.arm.name in in_sequence,
                 note=note,
             )
         )
@@ -125,25 +128,35 @@ def _judge(
     results: Sequence[ArmResult], chosen: Mapping[int, ArmResult], reference: ArmResult, epsilon: float
 ) -> dict[str, tuple[str, str]]:
     """(verdict, note) by arm name."""
-    sequence = [chosen[r] for r in sorted(chosen, reverse=True) if r < reference.arm.r]
+    _, *sequence = _sequence(chosen, reference)
     placed = {r.arm.name for r in (*sequence, reference)}
     aside = [r for r in results if r.arm.name not in placed and not r.arm.is_full]
+    diverged = {i for i, r in enumerate((*sequence, *aside)) if r.diverged_seeds}
     in_order, side_by_side, stopped = judge(
-        [_paired(r, reference) for r in sequence], [_paired(r, reference) for r in aside], epsilon
+        [_paired(r, reference) for r in sequence], [_paired(r, reference) for r in aside], epsilon, diverged
     )
-    notes = [
-        f"not tested: the sequence stopped at rank {sequence[stopped].arm.r}"
-        if stopped is not None and i > stopped
-        else ""
-        for i in range(len(sequence))
-    ]
-    verdicts = {r.arm.name: (v, note) for r, v, note in zip(sequence, in_order, notes, strict=True)}
+    verdicts = {}
+    for i, (r, v) in enumerate(zip(sequence, in_order, strict=True)):
+        untested = stopped is not None and i > stopped
+        place = f"not tested: the sequence stopped at rank {sequence[stopped or 0].arm.r}" if untested else ""
+        verdicts[r.arm.name] = (v, _note(place, r))
+    outside = "outside the sequence; Holm's correction" if len(aside) > 1 else "outside the sequence"
     for r, v in zip(aside, side_by_side, strict=True):
-        verdicts[r.arm.name] = (
-            v,
-            "outside the sequence; Holm's correction" if len(aside) > 1 else "outside the sequence",
-        )
+        verdicts[r.arm.name] = (v, _note(outside, r))
     return verdicts
+
+
+def _sequence(chosen: Mapping[int, ArmResult], reference: ArmResult | None) -> list[ArmResult]:
+    """The reference and the arms that are tested after it, in that order."""
+    if reference is None:
+        return []
+    return [reference, *(chosen[r] for r in sorted(chosen, reverse=True) if r < reference.arm.r)]
+
+
+def _note(place: str, result: ArmResult) -> str:
+    seeds = result.diverged_seeds
+    barred = f"diverged on {_seeds(seeds)}, so not shown non-inferior" if seeds else ""
+    return "; ".join(part for part in (place, barred) if part)
 
 
 def _chosen_of_ranks(results: Sequence[ArmResult], rows: Sequence[SearchRow]) -> dict[int, ArmResult]:
@@ -205,10 +218,11 @@ def _planned(study: Study, record: StudyRecord) -> int:
 def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], rows: Sequence[SearchRow]) -> list[str]:
     warnings = []
     for result in results:
-        for seeds, what in ((result.diverged_seeds, "diverged"), (result.failed_seeds, "failed")):
+        barred = "" if result.verdict in (None, REFERENCE) else " An arm that diverged is not called non-inferior."
+        for seeds, what, so in ((result.diverged_seeds, "diverged", barred), (result.failed_seeds, "failed", "")):
             if seeds:
-                names = f"seed{'s' if len(seeds) > 1 else ''} {join([str(s) for s in seeds])}"
-                warnings.append(f"{result.arm.name}: {names} {what} and {_left(seeds)} left out of its means.")
+                left_out = f"{_seeds(seeds)} {what} and {_left(seeds)} left out of its means."
+                warnings.append(f"{result.arm.name}: {left_out}{so}")
     seeds_done = max((len(r.seeds) for r in results), default=0)
     if seeds_done and len(study.confirm.seeds) < FEW_SEEDS:
         n = plural(len(study.confirm.seeds), "confirm seed")
@@ -226,6 +240,10 @@ def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], r
     if len(rate_values(study.tune.learning_rate)) == 1:
         warnings.append("The learning rate was not tuned: each arm had one value, which may suit some arms better.")
     return [*warnings, *(without_paths(w) for w in record.warnings)]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {join([str(s) for s in seeds])}"
 
 
 def _left(seeds: Sequence[int]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from sweep.study.arms import ALL_LINEAR, Arm, full_arm, lora_arms
 from sweep.study.records import DataSettings, Setup, TrainSettings
@@ -40,6 +40,10 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _has_repeats(values: Sequence[Hashable]) -> bool:
+    return len(set(values)) < len(values)
 
 
 def _modules_shape(value: Any) -> str | None:
@@ -96,10 +100,11 @@ class Arms(Strict):
 
     @model_validator(mode="after")
     def _no_arm_twice(self) -> Arms:
-        for name in ("rank", "alpha_ratio", "method", "target_modules"):
-            values = getattr(self, name)
-            if any(value in values[:i] for i, value in enumerate(values)):
+        for name in ("rank", "alpha_ratio", "method"):
+            if _has_repeats(getattr(self, name)):
                 raise ValueError(f"{name} holds a value twice: each combination is one arm")
+        if _has_repeats([frozenset([ALL_LINEAR] if x == ALL_LINEAR else x) for x in self.target_modules]):
+            raise ValueError("target_modules names the same modules twice (in any order they are the same arms)")
         return self
 
 
@@ -113,6 +118,8 @@ class Range(Strict):
     def _low_below_high(self) -> Range:
         if self.low > self.high or (self.low == self.high and self.values > 1):
             raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        if _has_repeats(self.points()):
+            raise ValueError(f"low ({self.low:g}) and high ({self.high:g}) are too close for {self.values} values")
         return self
 
     def points(self) -> list[float]:
@@ -127,8 +134,15 @@ class Range(Strict):
         return [float(f"{x:.4g}") for x in raw]
 
 
+def _no_rate_twice(rates: list[float]) -> list[float]:
+    if _has_repeats(rates):
+        raise ValueError("holds a learning rate twice: every arm is tuned over the same number of different rates")
+    return rates
+
+
 Rates = Annotated[
-    Annotated[Range, Tag("mapping")] | Annotated[list[Positive], Field(min_length=1), Tag("list")],
+    Annotated[Range, Tag("mapping")]
+    | Annotated[list[Positive], Field(min_length=1), AfterValidator(_no_rate_twice), Tag("list")],
     _one_of("must be a list of rates, or {low, high, log, values}"),
 ]
 

