@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
-import types
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,6 @@ import pytest
 from driving import Killed, Threads, journal_view, records_of, run, undisturbed
 from fakes import fake_work, fingerprints, make_study, train_rung
 
-from sweep.execution import worker
 from sweep.execution.executor import InlineExecutor
 from sweep.study.errors import FieldError
 from sweep.study.home import Home
@@ -78,16 +75,6 @@ def test_a_cost_is_not_given_up_because_the_data_are_gone(home: Home, done: Home
         run(home, study, replace(fake_work(), probe=probe))
     run(home, study)
     assert journal_view(records_of(home, study)) == journal_view(records_of(done, study))
-
-
-def test_a_full_disk_that_safetensors_tells_of_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(unit: Any) -> Any:
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setitem(sys.modules, "sweep.training.rung", types.SimpleNamespace(train_rung=full))
-    with pytest.raises(OSError, match="No space left") as caught:
-        worker.train_rung(None)  # type: ignore[arg-type]
-    assert caught.value.errno == errno.ENOSPC
 
 
 class Tensor:

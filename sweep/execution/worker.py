@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,13 +34,7 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
     """
     from sweep.training.rung import train_rung
 
-    try:
-        return train_rung(unit)
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors (Rust) tells of a full disk so
-        if number is None or isinstance(error, OSError):
-            raise
-        raise OSError(int(number[1]), " ".join(str(error).split())) from error
+    return train_rung(unit)
 
 
 def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,8 +37,8 @@ def save_checkpoint(trial_folder: Path, checkpoint: Checkpoint, info: dict[str, 
     half = folder.parent / f".tmp-{checkpoint.step}-{os.getpid()}"
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
-    save_file(checkpoint.weights, half / WEIGHTS, metadata={"format": "pt"})
-    save_file(checkpoint.optimizer, half / OPTIMIZER, metadata={"format": "pt"})
+    _save(checkpoint.weights, half / WEIGHTS)
+    _save(checkpoint.optimizer, half / OPTIMIZER)
     (half / INFO).write_text(json.dumps({"step": checkpoint.step, **info}, indent=1))
     for file in half.iterdir():
         with open(file, "rb") as opened:
@@ -55,6 +58,14 @@ def load_checkpoint(trial_folder: Path, step: int) -> Checkpoint:
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint folder."""
     return load_file(folder / WEIGHTS)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how its Rust side tells of a full disk
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, " ".join(str(error).split()), str(path)) from error
 
 
 def _sync_folder(folder: Path) -> None:
