@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from sweep import __version__
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
 from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
@@ -58,6 +59,21 @@ def main() -> None:
         lines, code = _explain(error)
         print("\n".join(lines), file=sys.stderr)
         sys.exit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"sweep {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -155,6 +171,8 @@ def export(
 
     chosen = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache)
     _say(f"{'model' if merge else 'adapter'}: {to} ({chosen.spec.arm.name}, trial {chosen.spec.number})")
+    if chosen.spec.phase != "confirm":
+        _say("note: this trial is not confirmed on fresh seeds; a search score chose it")
 
 
 @app.command()
@@ -215,6 +233,7 @@ def _dry_run(study: Study, home: Home) -> None:
     from sweep.execution.worker import prepare
     from sweep.training.forecast import forecast
 
+    _say("reading the model and the data, and timing a few steps of packs (a minute or so the first time)")
     arms, setup = study.list_arms(), study.setup(str(home.cache))
     prepared = prepare(setup, arms)
     lines, table = console.plan(study, prepared, forecast(setup, prepared, arms))

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweep.study.arms import FULL
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, Prepared
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, SEARCH, Prepared
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -171,8 +171,8 @@ def _rates(values: Sequence[float]) -> str:
 def studies_table(records: Mapping[str, StudyRecord], running: Container[str]) -> Table:
     """How far each study is; running: those that a driver works on now."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("study", "now", "phase", "trials", COMPLETE, PRUNED, DIVERGED, FAILED, "open", "best so far"):
-        table.add_column(name, no_wrap=name != "best so far")
+    for name in ("study", "now", "phase", "trials", COMPLETE, PRUNED, DIVERGED, FAILED, "open", "best of the search"):
+        table.add_column(name, no_wrap=name != "best of the search")
     for name, record in records.items():
         states = [trial.state for trial in record.trials]
         table.add_row(
@@ -193,13 +193,12 @@ def _phase(record: StudyRecord) -> str:
 
 
 def _best_trial(record: StudyRecord) -> str:
-    """The lowest validation loss of the latest phase: search scores and confirm scores are not held together."""
-    phase = _phase(record) if not record.finished_at else record.trials[-1].spec.phase if record.trials else ""
-    ended = [trial for trial in record.trials if trial.state == COMPLETE and trial.spec.phase == phase]
-    best = min(ended, key=validation_loss, default=None)
+    """The lowest validation loss of the search at the furthest rung, as `sweep run` shows it; one seed is no result."""
+    measured = [trial for trial in record.trials if trial.spec.phase == SEARCH and trial.last is not None]
+    best = min(measured, key=lambda trial: (-trial.step, validation_loss(trial)), default=None)
     if best is None:
         return "–"
-    return f"{best.spec.arm.name} at {best.spec.learning_rate:.4g}, {phase} loss {validation_loss(best):.4f}"
+    return f"{best.spec.arm.name} at {best.spec.learning_rate:.4g}, loss {validation_loss(best):.4f}"
 
 
 def validation_loss(trial: TrialRecord) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -72,7 +74,7 @@ def lines(places: Places, name: str, home: Home) -> list[str]:
         *(f"warning: {warning}" for warning in places.warnings),
         *places.sentences,
         f"report:    {_short(places.report)}/report.html",
-        f"dashboard: sweep dashboard {name}{option}",
+        f"dashboard: {_command()} dashboard {name}{option}",
         f"adapter:   {_short(places.adapter) if places.adapter else places.no_adapter}",
     ]
 
@@ -84,10 +86,26 @@ def export_chosen(
     findings = find(study, record)
     chosen = _choose_trial(record, findings, arm, number)
     try:
-        export(study, record, chosen, to, merge, " ".join(findings.sentences), cache)
+        export(study, record, chosen, to, merge, evidence_for(findings, chosen), cache)
     except ExportError as error:
         raise Refused(str(error), code=FAILED) from None
     return chosen
+
+
+def evidence_for(findings: Findings, trial: TrialRecord) -> str:
+    """What the study knows of the trial's arm, for its model card."""
+    spec = trial.spec
+    if spec.arm.name == findings.recommended and spec.phase == CONFIRM:
+        return " ".join(findings.sentences)
+    result = findings.result(spec.arm.name)
+    if spec.phase != CONFIRM or result is None or result.loss_low is None:
+        known = "This trial is not confirmed on fresh seeds: a search score chose it, and search scores are no results."
+    else:
+        known = (
+            f"This arm's confirmed test loss is {result.loss_mean:.4f} (95 % interval {result.loss_low:.4f} to "
+            f"{result.loss_high:.4f}, {len(result.seeds)} seeds)."
+        )
+    return f"{known} What the study recommends: {findings.sentences[0]}"
 
 
 def _choose_trial(record: StudyRecord, findings: Findings, arm: str | None, number: int | None) -> TrialRecord:
@@ -134,6 +152,11 @@ def _remember(places: Places, folder: StudyFolder) -> None:
     half = _memory(folder).with_suffix(".tmp")
     half.write_text(json.dumps(asdict(places)), encoding="utf-8")
     os.replace(half, _memory(folder))
+
+
+def _command() -> str:
+    """`sweep` as this shell finds it: by its path where it is not on the user's."""
+    return "sweep" if shutil.which("sweep") else _short(str(Path(sys.argv[0]).absolute()))
 
 
 def _short(path: str) -> str:

@@ -24,9 +24,11 @@ from sweep.lora.adapter import Adapter, init_head, init_lora, install
 from sweep.study.errors import FieldError
 from sweep.study.file import StudyFile, read_study
 from sweep.training.base import load_base, target_layers
+from sweep.training.data import Split, TokenisedData
 from sweep.training.locate import load_tokenizer, locate_model
-from sweep.training.prepare import prepare
+from sweep.training.prepare import chance, prepare
 
+ROWS = ([0, 0, 1, 0], [0, 0, 1])
 SMALL = ["data.max_length=16", "train.batch_size=4", "train.precision=float32"]
 
 
@@ -66,6 +68,15 @@ def test_unknown_module_is_refused_with_the_nearest_that_exist(tmp_path: Path) -
 def test_wrong_rank_and_wrong_module_are_told_together(tmp_path: Path) -> None:
     found = problems(tmp_path, "arms.rank=[64,400]", "arms.target_modules=[[query],[key_proj]]")
     assert set(found) == {"arms.rank", "arms.target_modules"}
+
+
+def test_chance_is_the_loss_and_accuracy_of_the_label_frequencies() -> None:
+    """Three of four training rows are label 0; the test rows are labels 0, 0, 1."""
+    train, test = (Split(np.zeros(2 * len(y), np.int32), np.arange(len(y) + 1) * 2, np.array(y)) for y in ROWS)
+    data = TokenisedData(train, test, test, ("a", "b"), 0, "", 0)
+    loss, accuracy = chance(data)
+    assert loss == pytest.approx(-(2 * np.log(0.75) + np.log(0.25)) / 3)
+    assert accuracy == pytest.approx(2 / 3)
 
 
 def test_more_rows_in_a_batch_than_there_are_is_refused(tmp_path: Path) -> None:

@@ -66,14 +66,18 @@ def export(
     try:
         ours = _our_logits(base, trial.spec.arm, weights, batch)
         if merge:
-            _write_merged(base, trial.spec.arm, weights, place, half)
+            _write_merged(base, trial.spec.arm, weights, half)
         else:
             _write_adapter(base, study, trial.spec.arm, weights, half)
+        with quiet():
+            load_tokenizer(place).save_pretrained(half)
         (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
         (half / MARK).write_text(json.dumps(_provenance(study, record.prepared, trial, merge), indent=1))
         difference = _check_in_fresh_process(
             half, place, study.task, record.prepared, merge, batch, ours, data.pad_token_id
         )
+        for file in half.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         shutil.rmtree(to, ignore_errors=True)
         os.replace(half, to)
     finally:
@@ -132,8 +136,8 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
     save_file(named, to / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], place: ModelPlace, to: Path) -> None:
-    """W + scaling · B A in every adapted layer, the head's own weights, and the tokenizer."""
+def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:
+    """W + scaling · B A in every adapted layer, and the head's own weights."""
     before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
     try:
         if arm.is_full:
@@ -147,7 +151,6 @@ def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], place: Model
             _copy_in(base.model, {name: value for name, value in weights.items() if ".lora_" not in name})
         with quiet():
             base.model.save_pretrained(to)  # type: ignore[operator]
-            load_tokenizer(place).save_pretrained(to)
     finally:
         _copy_in(base.model, before)
 

@@ -72,6 +72,8 @@ class Prepared:
     pack_size: int
     calibration: tuple[dict[str, Any], ...] = ()  # the figures that decided precision, attention and pack size
     tokens_per_step: float = 0.0  # mean tokens of one trial's batch, padding not counted
+    chance_loss: float | None = None  # test loss of always answering by the training labels' frequencies
+    chance_accuracy: float | None = None  # None for causal-lm
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -170,6 +170,7 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
             sessions[-1] = (sessions[-1][0], event["time"])
     numbers = sorted(int(p.name) for p in folder.trials.iterdir() if p.name.isdigit()) if folder.trials.is_dir() else []
     trials = [record for number in numbers if (record := read_trial(folder.trial(number)))]
+    told = [rung.time for trial in trials for rung in trial.rungs] + [t.ended_at for t in trials if t.ended_at]
     return StudyRecord(
         folder,
         tuple(trials),
@@ -179,7 +180,16 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
         tuple(warnings),
         events[0]["time"] if events else None,
         finished_at,
-        tuple(sessions),
+        _with_trials(sessions, told),
+    )
+
+
+def _with_trials(sessions: list[tuple[float, float]], told: list[float]) -> tuple[tuple[float, float], ...]:
+    """Sessions that last until the last thing any journal was told before the next one began."""
+    starts = [*(start for start, _ in sessions), float("inf")]
+    return tuple(
+        (start, max([last, *(time for time in told if start <= time < following)]))
+        for (start, last), following in zip(sessions, starts[1:], strict=True)
     )
 
 

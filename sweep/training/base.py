@@ -69,7 +69,8 @@ def load_base(
         raise FieldError(("model", f"{place.name} lacks weights for {task}: {', '.join(orphans[:4])}"))
     if task == CLASSIFICATION:
         model.config.pad_token_id = pad_token_id
-    model.config.quantization_config = None  # a GGUF file's weights are unpacked by now
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config  # a GGUF file's weights are unpacked by now
     model.requires_grad_(False)
     return Base(model.to(find_device()).eval(), head)
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sweep.lora.layers import UnpackableError
@@ -23,6 +24,7 @@ from sweep.study.arms import Arm
 from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device, load_base
+from sweep.training.data import TokenisedData
 from sweep.training.locate import model_fingerprint
 from sweep.training.rung import Trainee, located, pack_batches, start_trainee, tokenised, training_loss
 
@@ -51,6 +53,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     if problems:
         raise FieldError(*problems)
     device = find_device()
+    chance_loss, chance_accuracy = chance(data) if data.labels else (None, None)
     prepared = Prepared(
         rows={"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
         duplicates_removed=data.duplicates_removed,
@@ -65,8 +68,17 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         pack_size=CALIBRATION_PACK,
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions=_versions(),
+        chance_loss=chance_loss,
+        chance_accuracy=chance_accuracy,
     )
     return calibrate(setup, prepared, [arm for arm in arms if not arm.is_full])
+
+
+def chance(data: TokenisedData) -> tuple[float, float]:
+    """Test loss and accuracy of always answering by the training labels' frequencies: what a trial that learned nothing
+    comes to."""
+    shares = np.bincount(data.train.labels, minlength=len(data.labels)) / len(data.train)
+    return float(-np.log(shares[data.test.labels]).mean()), float((data.test.labels == shares.argmax()).mean())
 
 
 def fingerprints(setup: Setup) -> tuple[str, str]:
