@@ -48,16 +48,18 @@ def write_study(
     ends: Mapping[tuple[str, str, float], str] = END,
     costs: bool = True,
     prepared: bool = True,
+    chance: tuple[float | None, float | None] = (1.604, 0.232),
     stop_after: int | None = None,
 ) -> StudyRecord:
     """Every trial of the study as a run would leave it; with `stop_after`, only the first trials and no end.
 
+    chance: loss and accuracy of always answering by the labels' frequencies.
     final_loss: test loss of (arm, seed) in the confirm phase; without it a plausible one with noise.
     """
     home = StudyFolder(folder)
     append(home.journal, "started")
     if prepared:
-        append(home.journal, "prepared", prepared=to_json(_prepared(study)))
+        append(home.journal, "prepared", prepared=to_json(_prepared(study, chance)))
     rng = np.random.default_rng(7)
     noise = {s: rng.normal(0, 0.012) for s in study.confirm.seeds}  # of the seed: shared by all arms
 
@@ -166,7 +168,7 @@ def _cost(arm: Arm) -> Cost:
     )
 
 
-def _prepared(study: Study) -> Prepared:
+def _prepared(study: Study, chance: tuple[float | None, float | None]) -> Prepared:
     return Prepared(
         rows={"train": 1713, "validation": 131, "test": 327},
         duplicates_removed=54,
@@ -181,5 +183,7 @@ def _prepared(study: Study) -> Prepared:
         pack_size=8,
         calibration=({"precision": "float32", "seconds": 0.21}, {"precision": "bfloat16", "seconds": 0.34}),
         tokens_per_step=480.0,
+        chance_loss=chance[0],
+        chance_accuracy=chance[1],
         versions={"python": "3.11.9", "torch": "2.13.0", "transformers": "5.0.0"},
     )

@@ -7,9 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.transforms import Bbox
 from synthetic import quickstart, write_study
 
+from sweep.report.figures import loss_by_rank
 from sweep.report.report import write_report
+from sweep.report.statistics import find
+from sweep.report.style import STYLE
 from sweep.report.tables import confirmed_table
 from sweep.report.words import count, duration, number, share, signed, size, without_paths
 from sweep.study.records import CONFIRM, DIVERGED
@@ -133,6 +138,38 @@ def test_warnings_of_the_run_are_told(tmp_path: Path) -> None:
     append(record.folder.journal, "warning", message="the worker in /tmp/a/b died once")
     findings = write_report(study, read_study_record(record.folder), tmp_path / "out")
     assert "the worker in …/b died once" in findings.warnings
+
+
+def test_chance_is_told_where_it_is_known(made: tuple[StudyRecord, Path], tmp_path: Path) -> None:
+    line, far = "Always answering by the labels' frequencies: loss 1.604, accuracy 23.2", "has a loss of 1.604, outside"
+    text = (made[1] / "report.md").read_text()
+    assert text.index("**rank 4") < text.index(line) < text.index("paired by seed") and far in text
+    assert "Always answering by the labels&#39; frequencies: loss 1.604" in (made[1] / "report.html").read_text()
+    study = quickstart()
+    write_report(study, write_study(tmp_path / "old", study, chance=(None, None)), tmp_path / "out")
+    assert "frequencies" not in (tmp_path / "out" / "report.md").read_text()
+    write_report(study, write_study(tmp_path / "near", study, chance=(0.28, 0.9)), tmp_path / "out")
+    assert "The dotted line is the loss of always answering" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("overrides", [[], ["confirm.finalists=arm"]])
+def test_no_label_of_the_first_figure_covers_a_mark_or_another(tmp_path: Path, overrides: list[str]) -> None:
+    study = quickstart(*overrides)
+    with rc_context(STYLE):
+        made = loss_by_rank(study, find(study, write_study(tmp_path, study, chance=(0.26, 0.9))))
+        assert made is not None
+        figure = made[0]
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == (3 + 4 if not overrides else 3 + 1)
+    points = [axes.transData.transform(line.get_xydata()) for line in axes.lines if len(line.get_xdata())]
+    for i, (text, box) in enumerate(zip(axes.texts, boxes, strict=True)):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :]), text.get_text()
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+        if box.x0 < axes.bbox.x1:
+            ends = [Bbox([p.min(axis=0), p.max(axis=0)]) for p in points if len(set(p[:, 0])) == 1]
+            assert not any(box.overlaps(end) for end in ends), text.get_text()
 
 
 def test_words() -> None:

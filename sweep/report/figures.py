@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from sweep.report.labels import PointLabel, label_lines, label_points
 from sweep.report.results import ArmResult, Findings
 from sweep.report.statistics import confirm_trials
 from sweep.report.style import (
@@ -44,7 +44,7 @@ from sweep.tracking.journal import StudyRecord
 MOST_CURVES = 12  # panels of learning curves that still can be read
 MOST_NAMES = 8  # points that still can all be named
 OTHERS = tuple(colour for colour in SERIES if colour != VERMILION)  # which is the recommended arm's
-BELOW: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8.5}
+NEAR = 0.25  # of the range: a line no further outside it is still drawn
 KINDS = (("weights", BLUE), ("gradients", ORANGE), ("optimizer", GREEN), ("activations", SKY))
 
 
@@ -79,16 +79,19 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
     ranks = sorted({r.arm.r for r in results})
     rank_axis(axes, ranks)
     full = next((r for r in findings.arms if r.arm.is_full and r.seeds), None)
+    named: list[tuple[float, str, str]] = []  # horizontal lines: height, name, colour
     if full is not None:
         if full.loss_low is not None and full.loss_high is not None:
             axes.axhspan(full.loss_low, full.loss_high, color="#e4e4e4", lw=0)
         axes.axhline(full.loss_mean, color=SOFT, lw=1.2)
-        _at_edge(axes, full.loss_mean, "full fine-tuning", SOFT, "left")
+        named.append((full.loss_mean, "full fine-tuning", SOFT))
     reference = findings.result(findings.reference)
     if reference is not None:
         limit = reference.loss_mean + study.confirm.epsilon
         axes.axhline(limit, color=INK, lw=0.9, ls=(0, (5, 3)))
-        _at_edge(axes, limit, f"rank {reference.arm.r} + ε ({study.confirm.epsilon:g})", INK, "right")
+        named.append((limit, f"rank {reference.arm.r} + ε ({study.confirm.epsilon:g})", INK))
+    marks: list[tuple[float, float, float]] = []  # x, low, high
+    labels: list[PointLabel] = []
     lines = sorted({apart(r.arm, arms) for r in results})
     crowded = len(results) > len(ranks)  # several arms a rank: colours and a legend instead of labels
     for rank in ranks:
@@ -99,18 +102,30 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
                 colour = OTHERS[lines.index(apart(result.arm, arms)) % len(OTHERS)]
             aside = 1.55 ** ((i - (len(here) - 1) / 2) / len(here))
             _with_interval(axes, rank * aside, result, colour, seeds_at=None if crowded else rank * 0.94)
-            if crowded and result.arm.name == findings.recommended:
-                axes.annotate("recommended", (rank * aside, _low(result)), (0, -4), **BELOW, color=colour)
+            marks.append((rank * aside, _low(result), _high(result)))
+            marks += [] if crowded else [(rank * 0.94, loss, loss) for loss in result.test_losses]
+            recommended = ["recommended"] if result.arm.name == findings.recommended else []
+            words = [*([] if crowded else apart(result.arm, arms).split(", ")), *recommended]
+            if words:
+                labels.append(PointLabel(*marks[-1 if crowded else -1 - len(result.seeds)], "\n".join(words), colour))
     if crowded:
         for i, line in enumerate(lines):
             axes.plot([], [], "o-", lw=2, color=OTHERS[i % len(OTHERS)], label=line)
         figure.legend(loc="outside upper left", ncols=min(3, len(lines)), fontsize=8.5, handlelength=1.6)
     lowest = min([_low(r) for r in results] + ([_low(full)] if full else []))
-    highest = max([_high(r) for r in results] + ([limit] if reference is not None else []))
-    axes.set_ylim(lowest - 0.1 * (highest - lowest), highest + 0.12 * (highest - lowest))
-    if not crowded:
-        words = [apart(r.arm, arms) + ("\nrecommended" if r.arm.name == findings.recommended else "") for r in results]
-        _label_points(axes, [(r.arm.r, r.loss_mean, r) for r in results], words, findings)
+    highest = max([_high(r) for r in results] + [y for y, _, _ in named])
+    chance, beyond = findings.chance_loss, ""
+    if chance is not None:
+        if lowest - NEAR * (highest - lowest) <= chance <= highest + NEAR * (highest - lowest):
+            axes.axhline(chance, color=SOFT, lw=0.9, ls=(0, (1, 2)))
+            named.append((chance, "label frequencies", SOFT))
+            lowest, highest = min(lowest, chance), max(highest, chance)
+            beyond = " The dotted line is the loss of always answering by the labels' frequencies."
+        else:
+            beyond = f" Always answering by the labels' frequencies has a loss of {chance:.3f}, outside the figure."
+    axes.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.17 * (highest - lowest))
+    label_lines(axes, named)
+    label_points(axes, labels, marks, [y for y, _, _ in named])
     axes.set_xlabel("rank (log scale)")
     axes.set_ylabel("test loss at the last step")
     values = "; ".join(f"{r.arm.name} {r.loss_mean:.3f}" for r in findings.arms if r.seeds)
@@ -122,7 +137,8 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
         "t-interval"
         + (", and each seed as a faint dot" if not crowded else "")
         + ("; the grey line and band are full fine-tuning's mean and interval" if full else "")
-        + (", the dashed line the loss that ε allows." if reference else "."),
+        + (", the dashed line the loss that ε allows." if reference else ".")
+        + beyond,
         f"Test loss against rank on a log scale, with 95 % intervals. Means: {values}.",
     )
 
@@ -309,21 +325,6 @@ def _label_points(
                 words[i], (right, place), (8, up), textcoords="offset points", va="center", color=colour, fontsize=8.5
             )
             label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-
-
-def _at_edge(axes: Axes, y: float, text: str, colour: str, side: str) -> None:
-    x = 0.005 if side == "left" else 0.995
-    axes.annotate(
-        text,
-        (x, y),
-        (0, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="left" if side == "left" else "right",
-        va="bottom",
-        color=colour,
-        fontsize=8.5,
-    )
 
 
 def _mean_curve(

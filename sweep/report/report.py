@@ -12,7 +12,7 @@ from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, mem
 from sweep.report.results import Findings
 from sweep.report.search_figures import loss_by_rate, rank_by_ratio
 from sweep.report.statistics import find
-from sweep.report.tables import confirmed_table, measured, search_table, write_trials
+from sweep.report.tables import chance_line, confirmed_table, measured, search_table, write_trials
 from sweep.report.words import rate, without_paths
 from sweep.study.file import dump_study
 from sweep.study.schema import Study
@@ -75,6 +75,7 @@ def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[D
         "search": search_table(findings),
         "figures": figures,
         "measured": measured(study, record, findings),
+        "chance": chance_line(study, findings),
         "table_note": _table_note(study),
         "limits": _limits(study, record),
         # Where Optuna's storage lies is no part of the question, and its URL may hold a password.

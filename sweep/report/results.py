@@ -43,6 +43,9 @@ class Findings:
     search: tuple[SearchRow, ...]  # one an arm; search scores choose and are not results
     edges: tuple[Edge, ...]  # best learning rates on the edge of what was tried
     reference: str | None  # the arm that the others are held against, once it has a confirmed loss
+    chance_loss: float | None  # of always answering by the training labels' frequencies; None where it is not known
+    chance_accuracy: float | None
+    unlearned: str | None  # the arm that is not shown to be better than that, for which nothing is recommended
     recommended: str | None  # arm name
     recommended_trial: int | None  # its confirm trial with the lowest validation loss
     sentences: tuple[str, str]  # the recommendation

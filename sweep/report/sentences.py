@@ -12,6 +12,10 @@ def recommendation(study: Study, findings: Findings) -> tuple[str, str]:
     """Two sentences made of the findings alone, so that the same data always give the same words."""
     pick = findings.result(findings.recommended)
     so_far = "" if findings.finished else f"Not final, {findings.ended} of {findings.planned} trials: "
+    unlearned = findings.result(findings.unlearned)
+    if unlearned is not None and findings.chance_loss is not None:
+        first, second = _learned_nothing(study, findings, unlearned, findings.chance_loss)
+        return so_far + (_lower(first) if so_far else first), second
     if pick is None:
         return _nothing_yet(study, findings)
     if pick.arm.r == study.confirm.reference:
@@ -28,6 +32,21 @@ def _nothing_yet(study: Study, findings: Findings) -> tuple[str, str]:
         first = "No recommendation yet: no confirm trial has ended, and search scores choose but are not results."
     n = f"{findings.ended} of {plural(findings.planned, 'trial')} {'has' if findings.ended == 1 else 'have'} ended"
     return first, f"So far {n}." if not findings.finished else f"{n}, and the study is over."
+
+
+def _learned_nothing(study: Study, findings: Findings, result: ArmResult, chance_loss: float) -> tuple[str, str]:
+    decimals, reference = loss_decimals(study.confirm.epsilon), study.confirm.reference
+    first = (
+        f"Nothing can be concluded: rank {result.arm.r} was not shown to have learned anything, its test loss "
+        f"{number(result.loss_mean, decimals)} against {number(chance_loss, decimals)} for always answering by the "
+        "labels' frequencies; train longer or at other learning rates."
+    )
+    if result.arm.name == findings.reference:
+        return first, f"The verdicts are against rank {reference} and so say nothing; no arm is recommended."
+    return first, (
+        f"That it is non-inferior to rank {reference} says only that ε = {study.confirm.epsilon:g} is wide; "
+        "no arm is recommended."
+    )
 
 
 def _go_smaller(study: Study, pick: ArmResult) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from sweep.report.cautions import cautions, first_unlearned
 from sweep.report.intervals import NON_INFERIOR, REFERENCE, Interval, judge, t_interval
 from sweep.report.results import ArmResult, Findings
 from sweep.report.search import SearchRow, edge_warnings, find_edges, search_rows
@@ -25,25 +26,38 @@ def find(study: Study, record: StudyRecord) -> Findings:
     """All that the records allow to be said, of finished and unfinished studies. The same records, the same words.
 
     Differences are paired by seed (seed s sees the same batches in every arm). `intervals.judge` tells how verdicts
-    are reached. The recommendation is the smallest rank shown non-inferior to the reference, or else the reference.
+    are reached. The recommendation is the smallest rank shown non-inferior to the reference, or else the reference;
+    nothing, when either is not shown to be better than always answering by the labels' frequencies.
     """
     rows = search_rows(study, record)
     results = _compare(
         [_result(study, record, arm) for arm in study.list_arms() if _in_confirm(record, arm)], study, rows
     )
-    reference = next((r.arm.name for r in results if r.verdict == REFERENCE), None)
+    reference = next((r for r in results if r.verdict == REFERENCE), None)
     recommended = _recommend(results, study, rows)
+    prepared = record.prepared
+    chance_loss = prepared.chance_loss if prepared else None
+    unlearned = first_unlearned([reference, recommended], chance_loss)
+    if unlearned is not None:
+        recommended = None
     edges = find_edges(study, rows)
     ended, planned = sum(t.state is not None for t in record.trials), _planned(study, record)
     findings = Findings(
         arms=tuple(results),
         search=rows,
         edges=edges,
-        reference=reference,
+        reference=reference.arm.name if reference else None,
+        chance_loss=chance_loss,
+        chance_accuracy=prepared.chance_accuracy if prepared else None,
+        unlearned=unlearned,
         recommended=recommended.arm.name if recommended else None,
         recommended_trial=_best_trial(record, recommended.arm) if recommended else None,
         sentences=("", ""),
-        warnings=(*edge_warnings(edges), *_warnings(study, record, results, rows)),
+        warnings=(
+            *cautions(study, results, recommended, {r.arm.name: _paired_interval(r, recommended) for r in results}),
+            *edge_warnings(edges),
+            *_warnings(study, record, results, rows),
+        ),
         finished=record.finished_at is not None,
         ended=ended,
         planned=max(planned, ended),

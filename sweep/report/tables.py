@@ -91,6 +91,18 @@ def confirmed_table(study: Study, findings: Findings) -> Table:
     return Table(heads, rows)
 
 
+def chance_line(study: Study, findings: Findings) -> str:
+    """What an arm that learned nothing comes to; empty where it is not known."""
+    if findings.chance_loss is None:
+        return ""
+    accuracy = findings.chance_accuracy
+    return (
+        f"Always answering by the labels' frequencies: loss "
+        f"{number(findings.chance_loss, loss_decimals(study.confirm.epsilon))}"
+        + ("." if accuracy is None else f", accuracy {metric('accuracy', accuracy)}.")
+    )
+
+
 def search_table(findings: Findings) -> Table:
     """Every arm of the search, with the number of its trials by how they ended."""
     heads = ("Arm", "Learning rates", "Best", "Validation loss", "Complete", "Pruned", "Diverged", "Failed")

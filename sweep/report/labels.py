@@ -1,0 +1,93 @@
+"""Labels that cover no mark: those of lines outside the axes, those of points where there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
+
+from sweep.report.style import spread
+
+TEXT: dict[str, Any] = {"fontsize": 8.5, "textcoords": "offset points"}
+ROW = 12.0  # points from one line of text to the next
+AWAY = 5.0  # points between a mark and its label
+MARK, LINE, OUTSIDE = 10.0, 3.0, 30.0  # how bad it is to cover a mark or a label, a line, or to leave the axes
+
+
+@dataclass(frozen=True)
+class PointLabel:
+    x: float
+    low: float  # the ends of what is drawn at x
+    high: float
+    text: str
+    colour: str
+
+
+def label_lines(axes: Axes, lines: Sequence[tuple[float, str, str]]) -> None:
+    """Name horizontal lines (height, text, colour) in the right margin; names nearer than a line are spread."""
+    low, high = axes.get_ylim()
+    points = axes.get_window_extent().height * 72 / axes.figure.dpi
+    places = spread([y for y, _, _ in lines], 1.15 * ROW / points * (high - low))
+    for (y, text, colour), place in zip(lines, places, strict=True):
+        axes.annotate(
+            text,
+            (1, y),
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=colour,
+            fontsize=8.5,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0},
+        )
+
+
+def label_points(
+    axes: Axes, labels: Sequence[PointLabel], marks: Sequence[tuple[float, float, float]], lines: Sequence[float]
+) -> None:
+    """Put each label above or below its own marks, wherever it covers least. marks: (x, low, high)."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout decides where the marks are
+    pixel = figure.dpi / 72
+    inside = axes.get_window_extent()
+    taken = [(_around(axes, *mark, 4 * pixel), MARK) for mark in marks]
+    for y in lines:
+        height = axes.transData.transform((labels[0].x, y))[1] if labels else 0.0
+        taken.append((Bbox.from_extents(inside.x0, height - pixel, inside.x1, height + pixel), LINE))
+    for label in labels:
+        above, below = ((label.x, label.high), AWAY, "bottom"), ((label.x, label.low), -AWAY, "top")
+        best: tuple[float, Any, Bbox] | None = None
+        for further in (0.0, ROW, 2 * ROW):
+            for at, offset, side in (above, below):
+                text = axes.annotate(
+                    label.text,
+                    at,
+                    (0, offset + (further if offset > 0 else -further)),
+                    ha="center",
+                    va=side,
+                    color=label.colour,
+                    **TEXT,
+                )
+                box = text.get_window_extent()
+                cost = sum(weight for other, weight in taken if box.overlaps(other)) + further / ROW
+                cost += OUTSIDE * (box.y0 < inside.y0 or box.y1 > inside.y1)
+                if best is None or cost < best[0]:
+                    if best is not None:
+                        best[1].remove()
+                    best = (cost, text, box)
+                else:
+                    text.remove()
+        if best is not None:
+            best[1].set_in_layout(False)  # else the axes would shrink, and the marks move under the labels
+            best[1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+            taken.append((best[2], MARK))
+
+
+def _around(axes: Axes, x: float, low: float, high: float, air: float) -> Bbox:
+    ends = axes.transData.transform([(x, low), (x, high)])
+    return Bbox.from_extents(ends[0][0] - air, ends[0][1] - air, ends[1][0] + air, ends[1][1] + air)
