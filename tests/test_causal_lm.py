@@ -34,7 +34,7 @@ SMALL = [
 @pytest.mark.slow
 def test_causal_lm_study_runs_small_from_a_gguf_file_to_an_adapter_that_peft_loads(tmp_path: Path) -> None:
     paragraphs = [" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")]
-    (tmp_path / "topics.txt").write_text("\n".join(p for p in paragraphs if len(p) > 80)[:20_000])
+    (tmp_path / "topics.txt").write_text("\n".join(p for p in paragraphs if len(p) > 80)[:60_000])
     overrides = [*SMALL, f"data.source={tmp_path / 'topics.txt'}"]
     words = [word for override in overrides for word in ("--set", override)]
     sweep, study = str(Path(sys.executable).with_name("sweep")), str(Path("studies/causal-lm.yaml").absolute())
