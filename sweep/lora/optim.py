@@ -1,6 +1,6 @@
-"""AdamW over a pack: every trial with its own learning rate and clipping, none knows its neighbours.
+"""The optimizer of a pack: torch's own AdamW or SGD, with a parameter group for each trial; none knows its neighbours.
 
-Shapes: K trials in the pack, G trials of one stack, P elements a trial in that stack.
+Shapes: K trials in the pack, G trials of one flat buffer, P elements a trial in it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweep.lora.adapter import Pack, Stack, State
+from sweep.lora.adapter import Flat, Pack
+from sweep.lora.methods import State
+
+ADAMW, SGD = "adamw", "sgd"
+MOMENTS = {ADAMW: {"mean": "exp_avg", "square": "exp_avg_sq"}, SGD: {"mean": "momentum_buffer"}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one trial's numbers move.
+
+    AdamW: Loshchilov & Hutter, arXiv 1711.05101; weight decay is on matrices, not on biases. LoRA+: Hayou et al. 2024,
+    arXiv 2402.12354: B learns `lr_ratio` times as fast as A.
+    """
+
+    learning_rate: float
+    steps: int  # the trial ends after so many, whatever its neighbours do
+    schedule: str = "linear"
+    warmup: float = 0.0  # share of the steps
+    weight_decay: float = 0.0
+    clip: float | None = None  # largest norm of the trial's own gradient
+    betas: tuple[float, float] = (0.9, 0.999)  # SGD takes the first as its momentum
+    lr_ratio: float = 1.0  # lr_B / lr_A
 
 
 def lr_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
@@ -35,98 +57,127 @@ def lr_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
 
 
 @dataclass
-class PackedAdamW:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on the stacks of a pack.
-
-    Weight decay is on matrices, not on biases. A trial whose loss or gradient norm is not finite stops for good:
-    its tensors keep their last finite values, and its neighbours see nothing of it.
-    """
+class PackedOptimizer:
+    """A trial whose loss or gradient norm is not finite stops for good: its tensors keep their last finite values."""
 
     pack: Pack
-    moments: list[tuple[Tensor, Tensor]]  # of each stack: mean (G, P), square (G, P)
-    step_count: int
+    kind: str
+    recipes: Sequence[Recipe]
+    optimizer: torch.optim.Optimizer
+    rows: list[list[Tensor]]  # of each flat: each of its trials' row, the optimizer's parameter
+    clip_K: Tensor  # inf: no clipping
     alive_K: Tensor  # bool
-    weight_decay_K: Tensor
-    clip_K: Tensor  # largest gradient norm of a trial; inf: no clipping
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    step_count: int
 
     @torch.no_grad()
-    def step(self, loss_K: Tensor, lr_K: Tensor) -> Tensor:
+    def step(self, loss_K: Tensor) -> Tensor:
         """One step of every live trial from the gradients on the stacks; clears them. Returns gradient norms (K,)."""
-        self.step_count += 1
-        grads_GP = [_gradient(stack) for stack in self.pack.stacks]
-        square_K = torch.zeros_like(lr_K)
-        for stack, grad_GP in zip(self.pack.stacks, grads_GP, strict=True):
-            square_K[stack.start : stack.stop] += grad_GP.square().sum(1)
+        gradients = [_gradient(flat) for flat in self.pack.flats]
+        square_K = torch.zeros_like(self.clip_K)
+        for flat, gradient_GP in zip(self.pack.flats, gradients, strict=True):
+            square_K[flat.start : flat.stop] += torch.linalg.vector_norm(gradient_GP, dim=1).square()
         norm_K = square_K.sqrt()
         self.alive_K &= torch.isfinite(norm_K) & torch.isfinite(loss_K)
         factor_K = (self.clip_K / (norm_K + 1e-6)).clamp(max=1.0)
-        beta1, beta2 = self.betas
-        correction1, correction2 = 1 - beta1**self.step_count, 1 - beta2**self.step_count
-        all_alive = bool(self.alive_K.all())
-        for stack, grad_GP, (mean_GP, square_GP) in zip(self.pack.stacks, grads_GP, self.moments, strict=True):
-            part = slice(stack.start, stack.stop)
-            lr_G1 = lr_K[part, None]
-            value_GP = stack.tensor.view(stack.stop - stack.start, -1)
-            grad_GP = grad_GP * factor_K[part, None]
-            if not all_alive:  # a dead trial's values stay: where, since 0 · NaN is NaN
-                alive_G1 = self.alive_K[part, None]
-                grad_GP = torch.where(alive_G1, grad_GP, 0.0)
-                lr_G1 = torch.where(alive_G1, lr_G1, 0.0)
-            if not stack.name.endswith(".bias"):
-                value_GP.mul_(1 - lr_G1 * self.weight_decay_K[part, None])
-            mean_GP.lerp_(grad_GP, 1 - beta1)
-            square_GP.mul_(beta2).addcmul_(grad_GP, grad_GP, value=1 - beta2)
-            denominator_GP = square_GP.sqrt().div_(math.sqrt(correction2)).add_(self.eps)
-            value_GP.sub_((mean_GP / denominator_GP).mul_(lr_G1 / correction1))
-            stack.tensor.grad = None
+        trains = [
+            alive and self.step_count < r.steps for alive, r in zip(self.alive_K.tolist(), self.recipes, strict=True)
+        ]
+        clipped = (factor_K < 1).tolist()
+        for flat, gradient_GP, rows in zip(self.pack.flats, gradients, self.rows, strict=True):
+            for k, row_P, gradient_P in zip(range(flat.start, flat.stop), rows, gradient_GP, strict=True):
+                if clipped[k]:
+                    gradient_P.mul_(factor_K[k])
+                row_P.grad = gradient_P if trains[k] else None
+        for group in self.optimizer.param_groups:
+            recipe = self.recipes[group["trial"]]
+            factor = lr_factor(recipe.schedule, self.step_count, recipe.steps, recipe.warmup)
+            group["lr"] = recipe.learning_rate * factor * group["ratio"]
+        self.optimizer.step()
+        for rows in self.rows:
+            for row_P in rows:
+                row_P.grad = None
+        self.step_count += 1
         return norm_K
 
 
-def start_adamw(
+def start_optimizer(
     pack: Pack,
-    weight_decays: Sequence[float],
-    clips: Sequence[float | None],
+    recipes: Sequence[Recipe],
+    kind: str = ADAMW,
     step_count: int = 0,
     states: Sequence[State] | None = None,
-) -> PackedAdamW:
+) -> PackedOptimizer:
     """An optimizer at step 0, or one that goes on from each trial's `optimizer_state`.
 
-    weight_decays, clips: of each trial; a clip of None is no clipping.
+    kind: "adamw" or "sgd", for the whole pack; all else is each trial's own.
     """
-    moments = []
-    for stack in pack.stacks:
-        shape = (stack.stop - stack.start, stack.tensor[0].numel())
-        mean_GP, square_GP = (torch.zeros(shape, device=stack.tensor.device) for _ in range(2))
-        if states is not None:
-            for row, k in enumerate(range(stack.start, stack.stop)):
-                mean_GP[row] = states[k][f"mean.{stack.name}"].reshape(-1)
-                square_GP[row] = states[k][f"square.{stack.name}"].reshape(-1)
-        moments.append((mean_GP, square_GP))
-    device = pack.stacks[0].tensor.device
-    return PackedAdamW(
+    rows = [list(flat.value_GP) for flat in pack.flats]
+    groups = []
+    for flat, trials in zip(pack.flats, rows, strict=True):
+        for k, row_P in zip(range(flat.start, flat.stop), trials, strict=True):
+            recipe = recipes[k]
+            decay = 0.0 if flat.role == "bias" else recipe.weight_decay
+            ratio = recipe.lr_ratio if flat.role == "B" else 1.0
+            group = {"params": [row_P], "weight_decay": decay, "trial": k, "ratio": ratio}
+            groups.append({**group, **({"betas": recipe.betas} if kind == ADAMW else {"momentum": recipe.betas[0]})})
+    optimizer: torch.optim.Optimizer
+    if kind == ADAMW:
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.0, fused=True)
+    if states is not None:
+        for flat, trials in zip(pack.flats, rows, strict=True):
+            for k, row_P in zip(range(flat.start, flat.stop), trials, strict=True):
+                optimizer.state[row_P] = _moments(kind, flat, states[k], row_P, step_count)
+    device = pack.forward_pass.seeds_K.device
+    return PackedOptimizer(
         pack,
-        moments,
-        step_count,
+        kind,
+        recipes,
+        optimizer,
+        rows,
+        clip_K=torch.tensor([math.inf if r.clip is None else r.clip for r in recipes], device=device),
         alive_K=torch.ones(pack.trials, dtype=torch.bool, device=device),
-        weight_decay_K=torch.tensor(weight_decays, device=device),
-        clip_K=torch.tensor([math.inf if clip is None else clip for clip in clips], device=device),
+        step_count=step_count,
     )
 
 
-def optimizer_state(optimizer: PackedAdamW, k: int) -> State:
+def optimizer_state(optimizer: PackedOptimizer, k: int) -> State:
     """Trial k's moments, shaped like its tensors, on the CPU."""
     state: State = {}
-    for stack, (mean_GP, square_GP) in zip(optimizer.pack.stacks, optimizer.moments, strict=True):
-        if stack.start <= k < stack.stop:
-            shape = stack.tensor.shape[1:]
-            state[f"mean.{stack.name}"] = mean_GP[k - stack.start].view(shape).cpu().clone()
-            state[f"square.{stack.name}"] = square_GP[k - stack.start].view(shape).cpu().clone()
+    for flat, rows in zip(optimizer.pack.flats, optimizer.rows, strict=True):
+        if not flat.start <= k < flat.stop:
+            continue
+        row_P = rows[k - flat.start]
+        found = optimizer.optimizer.state[row_P]
+        for ours, theirs in MOMENTS[optimizer.kind].items():
+            moment = found.get(theirs)  # SGD without momentum has none
+            parts = (
+                (torch.zeros_like(row_P) if moment is None else moment)
+                .cpu()
+                .split([stack.tensor[0].numel() for stack in flat.stacks])
+            )
+            for stack, part in zip(flat.stacks, parts, strict=True):
+                state[f"{ours}.{stack.name}"] = part.view(stack.tensor.shape[1:]).clone()
     return state
 
 
-def _gradient(stack: Stack) -> Tensor:
-    """(G, P); zero where no loss of this step came through the layer."""
-    gradient = stack.tensor.grad
-    return (torch.zeros_like(stack.tensor) if gradient is None else gradient).reshape(stack.stop - stack.start, -1)
+def _moments(kind: str, flat: Flat, state: State, row_P: Tensor, step_count: int) -> dict[str, Tensor]:
+    moments = {
+        theirs: torch.cat([state[f"{ours}.{stack.name}"].reshape(-1) for stack in flat.stacks]).to(row_P.device)
+        for ours, theirs in MOMENTS[kind].items()
+    }
+    if kind == ADAMW:
+        moments["step"] = torch.tensor(float(step_count), device=row_P.device)
+    return moments
+
+
+def _gradient(flat: Flat) -> Tensor:
+    """(G, P) in a buffer of its own, taken from the stacks; zero where no loss of this step came through a layer."""
+    parts = []
+    for stack in flat.stacks:
+        gradient = stack.tensor.grad
+        gradient = torch.zeros_like(stack.tensor) if gradient is None else gradient
+        parts.append(gradient.reshape(flat.stop - flat.start, -1))
+        stack.tensor.grad = None
+    return torch.cat(parts, 1)

@@ -41,6 +41,11 @@ class TrainSettings:
     clip: float | None = 1.0  # largest gradient norm of a trial; None: no clipping
     dropout: float = 0.0
     precision: str = "auto"
+    optimizer: str = "adamw"  # or "sgd", with betas[0] as its momentum
+    betas: tuple[float, float] = (0.9, 0.999)
+    loraplus_lr_ratio: float = 16.0  # lr_B / lr_A of method lora+
+    init_lora_weights: str = "kaiming"  # how A begins; or "gaussian"
+    micro_batch_size: int | None = None  # rows of a trial in one pass; their gradients add up to the batch's
 
 
 @dataclass(frozen=True)

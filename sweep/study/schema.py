@@ -94,7 +94,7 @@ class Data(Strict):
 class Arms(Strict):
     rank: Annotated[list[Count], Field(min_length=1)]
     alpha_ratio: Annotated[list[Positive], Field(min_length=1)]
-    method: Annotated[list[Literal["lora", "rslora"]], Field(min_length=1)] = ["lora"]
+    method: Annotated[list[Literal["lora", "rslora", "lora+", "dora", "pissa"]], Field(min_length=1)] = ["lora"]
     target_modules: Annotated[list[Modules], Field(min_length=1)] = ["all-linear"]
     full_finetuning: bool = True
 
@@ -165,6 +165,17 @@ class Train(Strict):
     clip: Positive | None = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    loraplus_lr_ratio: Positive = 16.0  # lr_B / lr_A of method lora+
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+    micro_batch_size: Count | None = None  # rows of a trial that go through the device at once
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Train:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is more than batch_size {self.batch_size}")
+        return self
 
 
 class Search(Strict):
@@ -220,7 +231,7 @@ class Study(Strict):
             model=self.model,
             task=self.task,
             data=DataSettings(**self.data.model_dump()),
-            train=TrainSettings(**self.train.model_dump()),
+            train=TrainSettings(**{**self.train.model_dump(), "betas": tuple(self.train.betas)}),
             split_seed=self.search.seed,
             cache=cache,
         )

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sweep.lora.adapter import linear_modules
+from sweep.lora.adapter import adaptable_modules, linear_modules
+from sweep.lora.methods import is_conv1d, matrix_shape, refusal, trained_numbers
+from sweep.lora.readout import reads_first_position
 from sweep.study.arms import ALL_LINEAR, Arm
 from sweep.study.errors import FieldError
 from sweep.training.locate import ModelPlace, first_line, quiet
@@ -24,6 +26,8 @@ HEAD_NAMES = ("classifier", "score")  # what PEFT saves with the adapter of a se
 class Base:
     model: nn.Module
     head: tuple[str, ...]  # linear layers that come fresh, without pretrained weights: every trial trains its own
+    plain_head: bool = False  # a language model whose logits are its output layer's product with the last hidden state
+    behind: str | None = None  # the module from which on a classifier needs the first position of a row alone
 
 
 def find_device() -> torch.device:
@@ -72,22 +76,27 @@ def load_base(
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # a GGUF file's weights are unpacked by now
     model.requires_grad_(False)
-    return Base(model.to(find_device()).eval(), head)
+    model.to(find_device()).eval()
+    if task == CLASSIFICATION:
+        return Base(model, head, behind=reads_first_position(model))
+    return Base(model, head, plain_head=has_plain_head(model))
 
 
-def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers, head and output embeddings excepted, that the endings name (or all of them).
-
-    Raises FieldError with the nearest names that exist.
+def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The layers that the endings name, of every kind that can be adapted; `all-linear`: every linear layer (Conv1D
+    too) but the head and the output embeddings, as in PEFT. Raises FieldError with the nearest names that exist.
     """
-    find_output = getattr(model, "get_output_embeddings", None)
-    output = find_output() if callable(find_output) else None
-    layers = {n: layer for n, layer in linear_modules(model).items() if n not in head and layer is not output}
+    layers = {name: layer for name, layer in adaptable_modules(model).items() if name not in head}
     if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None})
-        raise FieldError(("arms.target_modules", f"the model has no nn.Linear layer to adapt, only {', '.join(kinds)}"))
+        raise FieldError(
+            ("arms.target_modules", f"the model has no layer that can be adapted, only {', '.join(kinds)}")
+        )
     if target_modules == (ALL_LINEAR,):
-        return layers
+        find_output = getattr(model, "get_output_embeddings", None)
+        output = find_output() if callable(find_output) else None
+        linear = {n: layer for n, layer in layers.items() if isinstance(layer, nn.Linear) or is_conv1d(layer)}
+        return {name: layer for name, layer in linear.items() if layer is not output}
     endings = sorted({name.split(".")[-1] for name in layers})
     for ending in target_modules:
         if not any(_ends(name, ending) for name in layers):
@@ -96,7 +105,7 @@ def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple
             raise FieldError(
                 (
                     "arms.target_modules",
-                    f"no linear layer's name ends in {ending!r}; {hint}there are {', '.join(endings)}",
+                    f"no layer's name ends in {ending!r}; {hint}there are {', '.join(endings)}",
                 )
             )
     return {name: layer for name, layer in layers.items() if any(_ends(name, ending) for ending in target_modules)}
@@ -110,11 +119,29 @@ def check_arm(base: Base, arm: Arm) -> int:
         return sum(p.numel() for p in base.model.parameters())
     targets = target_layers(base.model, base.head, arm.target_modules)
     for name, layer in targets.items():
-        limit = min(layer.in_features, layer.out_features)
-        if arm.r > limit:
-            shape = f"{layer.out_features}×{layer.in_features}"
-            raise FieldError(("arms.rank", f"rank {arm.r} is larger than layer {name} ({shape}); at most {limit}"))
-    return head + sum(arm.r * (layer.in_features + layer.out_features) for layer in targets.values())
+        shape = matrix_shape(layer)
+        if arm.r > min(shape):
+            sides = f"{shape[0]}×{shape[1]}"
+            raise FieldError(("arms.rank", f"rank {arm.r} is larger than layer {name} ({sides}); at most {min(shape)}"))
+        reason = refusal(layer, arm.method)
+        if reason is not None:
+            raise FieldError(("arms.method", f"{name}: {reason}"))
+    return head + sum(trained_numbers(layer, arm.r, arm.method) for layer in targets.values())
+
+
+@torch.no_grad()
+def has_plain_head(model: Any) -> bool:
+    """Whether the logits are the output layer's product with the backbone's last hidden state and nothing else.
+
+    Seen on a few tokens: some models scale or cap their logits, and those go through the model's own forward.
+    """
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Linear) or model.base_model is model:
+        return False
+    ids = torch.arange(4, device=output.weight.device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits
+    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    return hidden is not None and torch.allclose(output(hidden), logits, rtol=1e-3, atol=1e-3)
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -19,6 +19,7 @@ class Batch:
     input_ids_RT: np.ndarray  # int64
     attention_mask_RT: np.ndarray  # int64, 0 on padding
     labels: np.ndarray  # classification: int64 (R,); causal-lm: bool (R, T), true where the token is a target
+    source_R: np.ndarray  # which row of the split each is
 
     @property
     def tokens(self) -> int:
@@ -66,4 +67,26 @@ def collate(split: Split, rows: Sequence[int] | np.ndarray, pad_token_id: int) -
         attention_mask_RT[i, :n] = 1
         if per_token:
             labels[i, :n] = split.labels[here] != 0
-    return Batch(input_ids_RT, attention_mask_RT, labels)
+    return Batch(input_ids_RT, attention_mask_RT, labels, rows)
+
+
+def split_batch(batch: Batch, trials: int, rows: int | None) -> Iterator[tuple[int, Batch]]:
+    """The pack's batch in parts of at most `rows` rows a trial, each with the place of its first row in a trial's."""
+    per_trial = len(batch.source_R) // trials
+    if rows is None or rows >= per_trial:
+        yield 0, batch
+        return
+    for first in range(0, per_trial, rows):
+        own = np.arange(first, min(first + rows, per_trial))
+        chosen = (np.arange(trials)[:, None] * per_trial + own).reshape(-1)
+        longest = int(batch.attention_mask_RT[chosen].sum(1).max())
+        labels = batch.labels[chosen]
+        yield (
+            first,
+            Batch(
+                batch.input_ids_RT[chosen, :longest],
+                batch.attention_mask_RT[chosen, :longest],
+                labels[:, :longest] if labels.ndim == 2 else labels,
+                batch.source_R[chosen],
+            ),
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from sweep.study.arms import Arm
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm
-from sweep.training.rung import Trainee, base_for, pack_batches, start_trainee, tokenised, training_loss
+from sweep.training.rung import Trainee, base_for, pack_batches, start_trainee, tokenised, training_losses
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,6 @@ def _forward(setup: Setup, prepared: Prepared, trial: TrialSpec, trainee: Traine
         began = time.perf_counter()
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            training_loss(trainee, batch, setup, prepared, step).sum().item()
+            sum(loss_K.sum().item() for loss_K in training_losses(trainee, batch, setup, prepared, step))
         seconds = time.perf_counter() - began
     return seconds, sum(kept.values())

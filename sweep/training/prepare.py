@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sweep.lora.layers import UnpackableError
-from sweep.lora.optim import lr_factor
+from sweep.lora.passes import UnpackableError
 from sweep.study.arms import Arm
 from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device, load_base
 from sweep.training.data import TokenisedData
 from sweep.training.locate import model_fingerprint
-from sweep.training.rung import Trainee, located, pack_batches, start_trainee, tokenised, training_loss
+from sweep.training.rung import Trainee, located, pack_batches, start_trainee, tokenised, train_step
 
 CALIBRATION_PACK = 4
 PACK_SIZES_CPU, PACK_SIZES_CUDA = (4, 8), (8, 16, 32)
@@ -167,13 +166,10 @@ def timed_steps(
     setup: Setup, prepared: Prepared, trials: list[TrialSpec], trainee: Trainee, warmup: int, steps: int
 ) -> list[float]:
     """Seconds of each of `steps` training steps after `warmup` ones."""
-    rate_K = torch.tensor([trial.learning_rate for trial in trials], device=trainee.alive_K.device)
     times = []
     for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, trials, 0, warmup + steps)):
         began = time.perf_counter()
-        loss_K = training_loss(trainee, batch, setup, prepared, step)
-        loss_K.sum().backward()
-        trainee.step(loss_K, rate_K * lr_factor("constant", step, warmup + steps, 0.0))
+        train_step(trainee, batch, setup, prepared, step)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)

@@ -14,27 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sweep.lora.adapter import (
-    Adapter,
-    Pack,
-    init_head,
-    init_lora,
-    install,
-    linear_modules,
-    pack_order,
-    remove,
-    trial_state,
-)
-from sweep.lora.optim import PackedAdamW, lr_factor, optimizer_state, start_adamw
+from sweep.lora.adapter import Adapter, Pack, install, linear_modules, pack_order, remove, trial_state
+from sweep.lora.methods import init_adapter, init_head
+from sweep.lora.optim import PackedOptimizer, Recipe, optimizer_state, start_optimizer
+from sweep.lora.readout import read_first_position
 from sweep.study.arms import Arm
-from sweep.study.records import Measurement, Prepared, Setup, TrialSpec, Unit
+from sweep.study.records import Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
 from sweep.training.base import Base, load_base, target_layers
-from sweep.training.batches import Batch, collate, step_rows
+from sweep.training.batches import Batch, collate, split_batch, step_rows
 from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sweep.training.data import Split, TokenisedData, load_data
 from sweep.training.full import start_full
 from sweep.training.locate import ModelPlace, locate_model
-from sweep.training.tasks import evaluation_batches, mean_loss, score, summarise
+from sweep.training.tasks import evaluation_batches, score, summarise, target_counts
 
 
 class Trainee(Protocol):
@@ -44,12 +36,15 @@ class Trainee(Protocol):
     def model(self) -> nn.Module: ...
 
     @property
+    def plain_head(self) -> bool: ...  # see Base
+
+    @property
     def trials(self) -> int: ...
 
     @property
     def alive_K(self) -> Tensor: ...  # bool: no loss or gradient norm was other than finite so far
 
-    def step(self, loss_K: Tensor, lr_K: Tensor) -> None: ...
+    def step(self, loss_K: Tensor) -> None: ...
 
     def states(self, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
 
@@ -58,11 +53,12 @@ class Trainee(Protocol):
 
 @dataclass
 class PackTrainee:
-    """Adapters on the shared base, with the packed AdamW."""
+    """Adapters on the shared base, with the pack's optimizer."""
 
     model: nn.Module
+    plain_head: bool
     pack: Pack
-    optimizer: PackedAdamW
+    optimizer: PackedOptimizer
 
     @property
     def trials(self) -> int:
@@ -72,8 +68,8 @@ class PackTrainee:
     def alive_K(self) -> Tensor:
         return self.optimizer.alive_K
 
-    def step(self, loss_K: Tensor, lr_K: Tensor) -> None:
-        self.optimizer.step(loss_K.detach(), lr_K)
+    def step(self, loss_K: Tensor) -> None:
+        self.optimizer.step(loss_K)
 
     def states(self, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return trial_state(self.pack, k), optimizer_state(self.optimizer, k)
@@ -88,7 +84,7 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
     Returns a measurement a trial, in the unit's order. Raises FieldError where model or data can't be used.
     """
     began = time.perf_counter()
-    train, setup = unit.setup.train, unit.setup
+    setup = unit.setup
     data = tokenised(setup)
     order = pack_order([_modules_and_rank(trial) for trial in unit.trials])
     trials = [unit.trials[i] for i in order]
@@ -97,12 +93,8 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
         losses: list[Tensor] = []
         alive: list[Tensor] = []
         tokens = np.zeros(len(trials), dtype=np.int64)
-        rate_K = torch.tensor([trial.learning_rate for trial in trials], device=trainee.alive_K.device)
         for step, (batch, tokens_K) in enumerate(pack_batches(data, setup, trials, unit.start, unit.stop), unit.start):
-            loss_K = training_loss(trainee, batch, setup, unit.prepared, step)
-            loss_K.sum().backward()
-            trainee.step(loss_K, rate_K * lr_factor(train.schedule, step, train.steps, train.warmup))
-            losses.append(loss_K.detach())
+            losses.append(train_step(trainee, batch, setup, unit.prepared, step))
             alive.append(trainee.alive_K.clone())
             tokens += tokens_K
         losses_KS, alive_KS = torch.stack(losses, 1).cpu().tolist(), torch.stack(alive, 1).cpu()
@@ -151,8 +143,8 @@ def start_trainee(setup: Setup, prepared: Prepared, trials: list[TrialSpec], sta
     checkpoints = [load_checkpoint(Path(trial.folder), start) for trial in trials] if start else []
     if trials[0].arm.is_full:
         weights, moments = (checkpoints[0].weights, checkpoints[0].optimizer) if start else (None, None)
-        return start_full(base, trials[0].seed, train.weight_decay, train.clip, start, weights, moments)
-    states = [c.weights for c in checkpoints] if start else [fresh_state(base, trial) for trial in trials]
+        return start_full(base, trials[0].seed, recipe(train, trials[0]), train.optimizer, start, weights, moments)
+    states = [c.weights for c in checkpoints] if start else [fresh_state(base, trial, train) for trial in trials]
     adapters = [
         Adapter(
             trial.arm.r,
@@ -160,14 +152,18 @@ def start_trainee(setup: Setup, prepared: Prepared, trials: list[TrialSpec], sta
             tuple(target_layers(base.model, base.head, trial.arm.target_modules)),
             state,
             trial.seed,
+            trial.arm.method,
         )
         for trial, state in zip(trials, states, strict=True)
     ]
     pack = install(base.model, adapters, base.head, train.dropout)
     try:
+        if base.behind is not None:
+            pack.hooks.append(read_first_position(base.model, base.behind))
         moments_of = [c.optimizer for c in checkpoints] if start else None
-        decays, clips = [train.weight_decay] * len(trials), [train.clip] * len(trials)
-        return PackTrainee(base.model, pack, start_adamw(pack, decays, clips, start, moments_of))
+        recipes = [recipe(train, trial) for trial in trials]
+        optimizer = start_optimizer(pack, recipes, train.optimizer, start, moments_of)
+        return PackTrainee(base.model, base.plain_head, pack, optimizer)
     except BaseException:
         remove(base.model, pack)
         raise
@@ -181,28 +177,58 @@ def base_for(setup: Setup, prepared: Prepared, arm: Arm) -> Base:
     return load_base(place, setup.task, prepared.labels, pad_token_id, precision, prepared.attention)
 
 
-def fresh_state(base: Base, trial: TrialSpec) -> dict[str, Tensor]:
-    """A trial's tensors at step 0: a function of its seed, its rank and its modules."""
+def recipe(train: TrainSettings, trial: TrialSpec) -> Recipe:
+    """How the trial's numbers move."""
+    return Recipe(
+        trial.learning_rate,
+        train.steps,
+        train.schedule,
+        train.warmup,
+        train.weight_decay,
+        train.clip,
+        train.betas,
+        train.loraplus_lr_ratio if trial.arm.method == "lora+" else 1.0,
+    )
+
+
+def fresh_state(base: Base, trial: TrialSpec, train: TrainSettings) -> dict[str, Tensor]:
+    """A trial's tensors at step 0: a function of its seed, its arm and the base."""
     layers = linear_modules(base.model)
     targets = target_layers(base.model, base.head, trial.arm.target_modules)
     return {
-        **init_lora(targets, trial.arm.r, trial.seed),
+        **init_adapter(targets, trial.arm.method, trial.arm.r, trial.arm.scaling, trial.seed, train.init_lora_weights),
         **init_head({name: layers[name] for name in base.head}, trial.seed),
     }
 
 
-def training_loss(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared, step: int) -> Tensor:
-    """Every trial's mean loss (K,) on its own rows of the pack's batch."""
-    with _forward_pass(trainee, len(batch.input_ids_RT), step), _autocast(trainee, prepared):
-        return mean_loss(score(trainee.model, batch, setup.task, trainee.trials))
+def train_step(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared, step: int) -> Tensor:
+    """One optimizer step of every trial on its own rows of the pack's batch. Returns the mean losses (K,) before it."""
+    losses = []
+    for loss_K in training_losses(trainee, batch, setup, prepared, step):
+        loss_K.sum().backward()
+        losses.append(loss_K.detach())
+    loss_K = torch.stack(losses).sum(0)
+    trainee.step(loss_K)
+    return loss_K
+
+
+def training_losses(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared, step: int) -> Iterator[Tensor]:
+    """The trials' mean losses (K,), as the parts of them that each device batch adds; mostly there is one."""
+    counts = target_counts(batch, trainee.trials)
+    for first_row, part in split_batch(batch, trainee.trials, setup.train.micro_batch_size):
+        _tell(trainee, part, step, first_row)
+        with _autocast(trainee, prepared):
+            scores = score(trainee.model, part, setup.task, trainee.trials, trainee.plain_head)
+        yield scores.loss_K / torch.from_numpy(counts).to(scores.loss_K)
 
 
 def held_out_scores(trainee: Trainee, split: Split, setup: Setup, prepared: Prepared) -> list[dict[str, float]]:
     """Every trial on all rows of a split; see `summarise`."""
     trials, found = trainee.trials, []
     for batch in evaluation_batches(trainee.model, split, setup.task, trials, tokenised(setup).pad_token_id):
-        with torch.no_grad(), _forward_pass(trainee, len(batch.input_ids_RT), None), _autocast(trainee, prepared):
-            found.append(score(trainee.model, batch, setup.task, trials))
+        _tell(trainee, batch, None)
+        with torch.no_grad(), _autocast(trainee, prepared):
+            found.append(score(trainee.model, batch, setup.task, trials, trainee.plain_head))
     return summarise(found, setup.task)
 
 
@@ -230,13 +256,18 @@ def located(model: str) -> ModelPlace:
     return locate_model(model)
 
 
-@contextlib.contextmanager
-def _forward_pass(trainee: Trainee, rows: int, step: int | None) -> Iterator[None]:
-    """Tell the packed layers of a pass over `rows` rows: of a training step, or (None) without dropout."""
-    if isinstance(trainee, PackTrainee):
-        told = trainee.pack.forward_pass
-        told.rows, told.step, told.dropout = rows, step or 0, step is not None and told.p > 0
-    yield
+def _tell(trainee: Trainee, batch: Batch, step: int | None, first_row: int = 0) -> None:
+    """Tell the packed layers of the pass that comes: of a training step, or (None) without dropout."""
+    if not isinstance(trainee, PackTrainee):
+        return
+    told = trainee.pack.forward_pass
+    told.rows, told.first_row, told.step = len(batch.source_R), first_row, step or 0
+    told.dropout = step is not None and told.p > 0
+    _, distinct_U, place_R = np.unique(batch.source_R, return_index=True, return_inverse=True)
+    repeats = len(distinct_U) < len(place_R)
+    device = told.seeds_K.device
+    told.distinct_U = torch.from_numpy(distinct_U).to(device) if repeats else None
+    told.place_R = torch.from_numpy(place_R).to(device) if repeats else None
 
 
 def _autocast(trainee: Trainee, prepared: Prepared) -> contextlib.AbstractContextManager[object]:
@@ -247,7 +278,7 @@ def _autocast(trainee: Trainee, prepared: Prepared) -> contextlib.AbstractContex
 
 
 def _modules_and_rank(trial: TrialSpec) -> Adapter:
-    return Adapter(trial.arm.r, trial.arm.scaling, trial.arm.target_modules, {})
+    return Adapter(trial.arm.r, trial.arm.scaling, trial.arm.target_modules, {}, method=trial.arm.method)
 
 
 def _named(split: str, scores: dict[str, float]) -> dict[str, float]:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from sweep.training.batches import Batch, collate
 from sweep.training.data import Split
 
 CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
 EVAL_TOKENS, EVAL_LOGITS = 4096, 2**26  # of one forward pass in evaluation
+CHUNK_LOGITS = 2**23  # of the output layer at a time
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,11 @@ class Scores:
     count_K: Tensor
 
 
-def score(model: nn.Module, batch: Batch, task: str, trials: int) -> Scores:
-    """One forward pass over K·b rows, ordered by trial."""
+def score(model: Any, batch: Batch, task: str, trials: int, plain_head: bool = False) -> Scores:
+    """One forward pass over K·b rows, ordered by trial.
+
+    plain_head: see `Base`; the output layer is then computed at target positions alone.
+    """
     device = next(model.parameters()).device
     input_ids_RT = torch.from_numpy(batch.input_ids_RT).to(device)
     attention_mask_RT = torch.from_numpy(batch.attention_mask_RT).to(device)
@@ -42,32 +47,81 @@ def score(model: nn.Module, batch: Batch, task: str, trials: int) -> Scores:
         correct_R = (logits_RC.argmax(-1) == labels).float()
         rows_K = torch.full((trials,), len(labels) // trials, device=device)
         return Scores(loss_R.view(trials, -1).sum(1), correct_R.view(trials, -1).sum(1), rows_K)
-    logits_RTV = model(input_ids=input_ids_RT, attention_mask=attention_mask_RT, use_cache=False).logits
     target_RT = labels[:, 1:]  # position t predicts token t + 1
-    logits_MV = logits_RTV[:, :-1][target_RT].float()
     wanted_M = input_ids_RT[:, 1:][target_RT]
-    loss_M = cross_entropy(logits_MV, wanted_M, reduction="none")
+    inputs = {"input_ids": input_ids_RT, "attention_mask": attention_mask_RT, "use_cache": False}
+    output = model.get_output_embeddings()
+    if plain_head and isinstance(output, nn.Linear):  # an adapted output layer goes through the model's own forward
+        hidden_MH = model.base_model(**inputs).last_hidden_state[:, :-1][target_RT]
+        if output.weight.requires_grad:
+            loss_M, correct_M = _token_loss(output(hidden_MH).float(), wanted_M)
+        else:
+            loss_M, correct_M = _FrozenHeadLoss.apply(hidden_MH, output.weight, output.bias, wanted_M)
+    else:
+        loss_M, correct_M = _token_loss(model(**inputs).logits[:, :-1][target_RT].float(), wanted_M)
     trial_M = torch.arange(trials, device=device).repeat_interleave(len(labels) // trials)
     trial_M = trial_M[:, None].expand_as(target_RT)[target_RT]
     zeros_K = torch.zeros(trials, device=device)
     return Scores(
         zeros_K.index_add(0, trial_M, loss_M),
-        zeros_K.index_add(0, trial_M, (logits_MV.argmax(-1) == wanted_M).float()),
+        zeros_K.index_add(0, trial_M, correct_M),
         target_RT.reshape(trials, -1).sum(1),
     )
 
 
-def mean_loss(scores: Scores) -> Tensor:
-    """(K,): every trial's mean over its own rows or target tokens."""
-    return scores.loss_K / scores.count_K.clamp(min=1)
+def target_counts(batch: Batch, trials: int) -> np.ndarray:
+    """(K,): over how many rows, or target tokens, each trial's loss is a mean."""
+    if batch.labels.ndim == 1:
+        return np.full(trials, len(batch.labels) // trials)
+    return batch.labels[:, 1:].reshape(trials, -1).sum(1).clip(min=1)
 
 
-def evaluation_batches(model: nn.Module, split: Split, task: str, trials: int, pad_token_id: int) -> Iterator[Batch]:
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Loss and hits of M positions under a frozen output layer, a chunk of logits at a time.
+
+    The gradient to the hidden state is made on the way forward, while a chunk's logits are there: no logits are kept
+    and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MH: Tensor, W_VH: Tensor, bias_V: Tensor | None, wanted_M: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        losses, hits, gradients = [], [], []
+        for hidden_CH, wanted_C in _chunks(hidden_MH, wanted_M, max(1, CHUNK_LOGITS // len(W_VH))):
+            logits_CV = linear(hidden_CH, W_VH, bias_V).float()
+            loss_C, hit_C = _token_loss(logits_CV, wanted_C)
+            losses.append(loss_C)
+            hits.append(hit_C)
+            if ctx.needs_input_grad[0]:
+                slope_CV = logits_CV.softmax(-1)
+                slope_CV[torch.arange(len(wanted_C), device=wanted_C.device), wanted_C] -= 1
+                gradients.append(slope_CV.to(W_VH.dtype) @ W_VH)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
+        hit_M = torch.cat(hits)
+        ctx.mark_non_differentiable(hit_M)
+        return torch.cat(losses), hit_M
+
+    @staticmethod
+    def backward(ctx: Any, slope_M: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_MH,) = ctx.saved_tensors
+        return (gradient_MH * slope_M[:, None]).to(gradient_MH.dtype), None, None, None
+
+
+def _chunks(hidden_MH: Tensor, wanted_M: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(hidden_MH.split(size), wanted_M.split(size), strict=True)
+
+
+def _token_loss(logits_MV: Tensor, wanted_M: Tensor) -> tuple[Tensor, Tensor]:
+    return cross_entropy(logits_MV, wanted_M, reduction="none"), (logits_MV.argmax(-1) == wanted_M).float()
+
+
+def evaluation_batches(model: Any, split: Split, task: str, trials: int, pad_token_id: int) -> Iterator[Batch]:
     """All rows of a split, shortest first, the same ones for every trial."""
     order = np.argsort(split.lengths, kind="stable")
     tokens = EVAL_TOKENS
     if task == CAUSAL_LM:  # the logits of a pass are tokens × vocabulary
-        tokens = min(tokens, EVAL_LOGITS // int(model.get_input_embeddings().num_embeddings))  # type: ignore[operator]
+        tokens = min(tokens, EVAL_LOGITS // int(model.config.get_text_config().vocab_size))
     per_pass = max(1, tokens // (trials * int(split.lengths.max())))
     for i in range(0, len(order), per_pass):
         yield collate(split, np.tile(order[i : i + per_pass], trials), pad_token_id)
