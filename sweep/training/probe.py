@@ -18,8 +18,8 @@ from sweep.lora.adapter import linear_modules
 from sweep.study.arms import Arm
 from sweep.study.records import Cost, Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device
-from sweep.training.prepare import device_name, timed_steps
-from sweep.training.rung import base_for, pack_batches, start_trainee, tokenised
+from sweep.training.prepare import device_name
+from sweep.training.rung import base_for, pack_batches, start_trainee, timed_steps, tokenised
 
 WARMUP_STEPS, MEASURED_STEPS = 3, 7
 

@@ -222,6 +222,20 @@ def training_losses(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prep
         yield scores.loss_K / torch.from_numpy(counts).to(scores.loss_K)
 
 
+def timed_steps(
+    setup: Setup, prepared: Prepared, trials: list[TrialSpec], trainee: Trainee, warmup: int, steps: int
+) -> list[float]:
+    """Seconds of each of `steps` training steps after `warmup` ones."""
+    times = []
+    for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, trials, 0, warmup + steps)):
+        began = time.perf_counter()
+        train_step(trainee, batch, setup, prepared, step)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return times[warmup:]
+
+
 def held_out_scores(trainee: Trainee, split: Split, setup: Setup, prepared: Prepared) -> list[dict[str, float]]:
     """Every trial on all rows of a split; see `summarise`."""
     trials, found = trainee.trials, []
