@@ -136,3 +136,33 @@ def test_pack_leaves_the_base_as_it_was(bbc: tuple[Setup, Prepared], tmp_path: P
     train(setup, prepared, [trial(0, arm(4, 1), 1e-2, 1, tmp_path)], [2])
     after = base.model.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("one", [arm(8, 1), full_arm()], ids=["lora", "full"])
+def test_the_device_batch_split_does_not_matter(bbc: tuple[Setup, Prepared], tmp_path: Path, one: Arm) -> None:
+    """Three of a trial's four rows and then the last, with dropout: what is dropped goes by the row's place in all."""
+    setup, prepared = bbc
+    setup = replace(setup, train=replace(setup.train, dropout=0.2))
+    parts = replace(setup, train=replace(setup.train, micro_batch_size=3))
+    whole = train(setup, prepared, [trial(0, one, 3e-4, 1, tmp_path / "whole")], [4])
+    split = train(parts, prepared, [trial(0, one, 3e-4, 1, tmp_path / "parts")], [4])
+    np.testing.assert_allclose(curve(whole[0]), curve(split[0]), atol=1e-5, rtol=0)
+
+
+def test_token_counts_of_a_split_batch_are_the_whole_batchs(manual: tuple[Setup, Prepared], tmp_path: Path) -> None:
+    """Rows have different numbers of target tokens: a mean of the parts' means would weigh them wrongly."""
+    setup, prepared = manual
+    parts = replace(setup, train=replace(setup.train, micro_batch_size=1))
+    one = arm(8, 1, ("q_proj", "v_proj"))
+    whole = train(setup, prepared, [trial(0, one, 3e-3, 1, tmp_path / "whole")], [3])
+    split = train(parts, prepared, [trial(0, one, 3e-3, 1, tmp_path / "parts")], [3])
+    np.testing.assert_allclose(curve(whole[0]), curve(split[0]), atol=1e-5, rtol=0)
+
+
+def test_sgd_trial_has_the_same_loss_curve_after_a_resume(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
+    setup, prepared = bbc
+    setup = replace(setup, train=replace(setup.train, optimizer="sgd"))
+    for name, one in {"lora": arm(8, 1), "full": full_arm()}.items():
+        whole = train(setup, prepared, [trial(0, one, 0.1, 1, tmp_path / name / "whole")], [6])
+        parts = train(setup, prepared, [trial(0, one, 0.1, 1, tmp_path / name / "parts")], [2, 6])
+        np.testing.assert_allclose(curve(whole[0]), curve(parts[0]), atol=1e-6, rtol=0)

@@ -1,0 +1,92 @@
+"""From raw figures to a page: reads steps.json, search.json and gpu.json in a folder, writes README.md beside them.
+
+    python -m tests.benchmarks.report [--in DIR] [--out DIR]
+
+What has not run is said to have not run. Also writes steps.csv, crossover.csv and crossover.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .crossover import write_cells, write_crossover
+from .gpu_tables import gpu_markdown
+from .records import read_results
+from .search_tables import search_markdown
+from .summary import cells
+from .tables import losses, source, steps_markdown
+
+STEPS, SEARCH, GPU = "steps.json", "search.json", "gpu.json"
+COMMANDS = {name: f"python -m tests.benchmarks.{name.removesuffix('.json')}" for name in (STEPS, SEARCH, GPU)}
+INTRODUCTION = """# Benchmarks
+
+The same work side by side: (a) our packs; (b) the incumbent, Optuna + PEFT + Hugging Face Trainer in one process, in
+its best precision and attention, and as it comes; (c) PEFT in a bare loop; (d) K processes of (c) at once; (e) full
+fine-tuning. Under every table stand its command, machine, versions and date; the raw figures of every repetition are
+in the JSON files beside this page. Nothing here was typed by hand: `python -m tests.benchmarks.report` wrote it.
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m tests.benchmarks.report", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--in", dest="source", type=Path, default=Path("reports/benchmarks"), metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder read from")
+    given = parser.parse_args(words)
+    print(write_report(given.source, given.out or given.source))
+
+
+def write_report(figures: Path, out: Path) -> Path:
+    """The page about the raw figures in a folder. Returns its path."""
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [INTRODUCTION, _steps(figures, out), _search(figures), _gpu(figures)]
+    for name in (STEPS, SEARCH, GPU):
+        if figures != out and (figures / name).exists():
+            shutil.copy(figures / name, out / name)
+    page = out / "README.md"
+    page.write_text("\n".join(parts))
+    return page
+
+
+def _steps(figures: Path, out: Path) -> str:
+    if not (figures / STEPS).exists():
+        return _not_run("## A trial and step", STEPS)
+    results = read_results(figures / STEPS)
+    found = cells(results)
+    write_cells(found, out / "steps.csv")
+    write_crossover(found, out)
+    lost = sum(line.startswith("- ") for line in losses(found))
+    summary = (
+        f"{len(found)} cells were measured. We do not clearly win {lost} of the comparisons in them; they are below."
+    )
+    picture = (
+        "### The crossover\n\n![Speed-up of our packs over PEFT's loop against the tokens of a pack](crossover.png)\n\n"
+        "As numbers: [crossover.csv](crossover.csv).\n\n" + source(results.provenance)
+    )
+    return f"## A trial and step\n\n{summary}\n\n{steps_markdown(results)}\n{picture}\n"
+
+
+def _search(figures: Path) -> str:
+    if not (figures / SEARCH).exists():
+        return _not_run("## The whole search", SEARCH)
+    return "## A search\n\n" + search_markdown(json.loads((figures / SEARCH).read_text()))
+
+
+def _gpu(figures: Path) -> str:
+    if not (figures / GPU).exists():
+        return _not_run("## On a GPU", GPU)
+    return "## On a GPU\n\n" + gpu_markdown(json.loads((figures / GPU).read_text()))
+
+
+def _not_run(title: str, name: str) -> str:
+    return f"{title}\n\n**This benchmark has not run.** Its command is `{COMMANDS[name]}`.\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
