@@ -34,7 +34,7 @@ from sweep.training.rung import PackTrainee, train_step
 from sweep.training.tasks import CAUSAL_LM
 
 ROWS, STEPS = 4, 4  # rows of a trial's batch, steps of a run
-LINEAR_ONLY = ("dora", "pissa")
+LINEAR_ONLY = ("dora", "pissa", "lora+")  # lora+ knows convolutions too, but no embeddings
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "linear": transformers.get_linear_schedule_with_warmup,
     "cosine": transformers.get_cosine_schedule_with_warmup,

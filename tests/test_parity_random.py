@@ -177,7 +177,7 @@ def test_dora_begins_with_pefts_own_magnitudes(family: Family) -> None:
         torch.testing.assert_close(value, theirs[peft_name(name)].detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", LINEAR_ONLY)
+@pytest.mark.parametrize("method", ["dora", "pissa"])
 @pytest.mark.parametrize(("name", "ending"), [("gpt2", "wte"), ("gpt2", "wpe"), ("vit", "projection")])
 def test_dora_and_pissa_refuse_embeddings_and_convolutions(method: str, name: str, ending: str) -> None:
     family, model = FAMILIES[name], frozen_model(FAMILIES[name])

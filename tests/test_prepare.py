@@ -18,6 +18,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PretrainedConfig,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from sweep.lora import adapter
@@ -125,7 +127,7 @@ def test_pack_that_would_not_fit_into_free_memory_is_not_tried(tmp_path: Path, m
     arms = tuple(arm for arm in study.list_arms() if not arm.is_full)
     monkeypatch.setattr(calibration, "free_bytes", lambda: 0)
     sizes = {f["pack_size"] for f in prepare(study.setup(str(tmp_path)), arms).calibration}
-    assert sizes == {1, 2, 4}
+    assert sizes == {1}
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
@@ -152,6 +154,23 @@ def test_model_whose_layers_do_not_see_the_batch_gets_packs_of_one(tmp_path: Pat
     study = quickstart(*overrides).study
     arms = tuple(arm for arm in study.list_arms() if not arm.is_full)
     assert prepare(study.setup(str(tmp_path)), arms).pack_size == 1
+
+
+def test_model_whose_layers_see_tokens_first_gets_packs_of_one_even_where_there_are_as_many_as_rows(
+    tmp_path: Path,
+) -> None:
+    """XLNet's feed-forward sees (tokens, rows): with 16 tokens and 4 × 4 rows nothing would look wrong."""
+    config = XLNetConfig(vocab_size=30522, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    overrides = small_model(tmp_path / "xlnet", config, XLNetModel)
+    overrides += ["arms.target_modules=[[layer_1]]", "data.max_length=16", "train.batch_size=4"]
+    study = quickstart(*overrides).study
+    arms = tuple(arm for arm in study.list_arms() if not arm.is_full)
+    assert prepare(study.setup(str(tmp_path)), arms).pack_size == 1
+
+
+def test_lora_plus_on_embeddings_is_refused(tmp_path: Path) -> None:
+    found = problems(tmp_path, "arms.method=[lora+]", "arms.target_modules=[[word_embeddings]]")
+    assert "use lora there" in found["arms.method"]
 
 
 def test_failed_install_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     Gemma2Config,
@@ -15,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from sweep.lora.adapter import Adapter, install, linear_modules, remove
+from sweep.lora.methods import init_adapter, init_head
 from sweep.lora.readout import read_first_position, reads_first_position
 from sweep.training import tasks
 from sweep.training.base import has_plain_head
@@ -94,5 +98,32 @@ def test_head_at_target_positions_in_chunks_gives_the_models_own_loss_and_gradie
 
 
 def test_logits_that_are_capped_go_through_the_models_own_head() -> None:
-    config = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.01)
+    config = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=30.0)
     assert not has_plain_head(Gemma2ForCausalLM(config).eval())
+
+
+def test_trunk_of_blocks_that_come_round_again_is_left_at_the_first_adapted_one() -> None:
+    """ALBERT runs its groups of blocks several times: the second time round, rows differ by trial."""
+    config = AlbertConfig(**SMALL | {"num_hidden_layers": 4}, embedding_size=8, num_hidden_groups=2)
+    model = AlbertForSequenceClassification(config).eval().requires_grad_(False)
+    layers = linear_modules(model)
+    name, head = (
+        "albert.encoder.albert_layer_groups.1.albert_layers.0.attention.query",
+        {"classifier": model.classifier},
+    )
+    adapters = []
+    for seed in range(3):
+        state = {**init_adapter({name: layers[name]}, "lora", 2, 1.0, seed), **init_head(head, seed)}
+        state[f"{name}.lora_B.weight"] = torch.randn(16, 2)
+        adapters.append(Adapter(2, 1.0, (name,), state, seed))
+    ids = torch.randint(1, 61, (2, 5)).repeat(3, 1)
+    pack = install(model, adapters, ["classifier"])
+    try:
+        pack.forward_pass.rows = 6
+        apart = model(input_ids=ids).logits
+        pack.forward_pass.distinct_U, pack.forward_pass.place_R = torch.arange(2), torch.arange(2).repeat(3)
+        shared = model(input_ids=ids).logits
+    finally:
+        remove(model, pack)
+    assert pack.forward_pass.widened, "nothing was shared: the test would be blind"
+    torch.testing.assert_close(shared, apart, atol=1e-6, rtol=1e-5)

@@ -18,6 +18,8 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None)
     labelled = f"; labels, in order: {', '.join(prepared.labels)}" if classify else ""
     what = "full fine-tuning" if arm.is_full else f"{arm.method}, rank {arm.r}, alpha {arm.lora_alpha:g}"
+    if arm.method == "pissa" and not merge:
+        what += f", exported as LoRA of rank {2 * arm.r} over the whole base"
     if not arm.is_full:
         what += f" (scaling {arm.scaling:g}), on {', '.join(arm.target_modules)}"
     return f"""---

@@ -54,7 +54,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """By name and text, since the driver knows no torch: CUDA's own error, Python's, and the CPU allocator's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in told)
 
 
 def calibration_lines(prepared: Prepared) -> list[str]:
@@ -63,7 +64,7 @@ def calibration_lines(prepared: Prepared) -> list[str]:
     lines = [f"packs of up to {prepared.pack_size} trials in {chosen}"]
     if prepared.calibration:
         figures = (
-            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f['ms_per_trial_step']:g}"
+            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f.get('ms_per_trial_step') or f['failed']}"
             for f in prepared.calibration
         )
         lines.append(f"calibration, ms a trial and step: {', '.join(figures)}")

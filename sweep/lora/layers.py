@@ -41,15 +41,15 @@ class Bucket:
     def factors(self, dropout: bool) -> list[tuple[Tensor, Tensor, bool]]:
         """(G, r, I) and (G, O, r) of each update, and whether dropout acts on its input.
 
-        PiSSA: BA − B₀A₀ = [B, −B₀]·[A; A₀], of twice the rank. With dropout these are two updates: −B₀A₀ belongs to
-        the base, whose input stays whole.
+        PiSSA: BA − B₀A₀ = [B − B₀, B₀]·[A; A − A₀], of twice the rank, and of small differences that a low precision
+        keeps. With dropout these are two updates: −B₀A₀ belongs to the base, whose input stays whole.
         """
         if self.initial is None:
             return [(self.A, self.B, True)]
         A0_GrI, B0_GOr = self.initial
         if dropout:
             return [(self.A, self.B, True), (A0_GrI, -B0_GOr, False)]
-        return [(torch.cat([self.A, A0_GrI], 1), torch.cat([self.B, -B0_GOr], 2), True)]
+        return [(torch.cat([self.A, self.A - A0_GrI], 1), torch.cat([self.B - B0_GOr, B0_GOr], 2), True)]
 
 
 class PackedLayer(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
-DORA, PISSA = "dora", "pissa"
+DORA, PISSA, LORA_PLUS = "dora", "pissa", "lora+"
 KAIMING, GAUSSIAN = "kaiming", "gaussian"
 
 _LEADING: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
@@ -26,10 +26,13 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def is_adaptable(layer: nn.Module) -> bool:
-    """Whether the layer is a frozen matrix that a packed layer knows."""
+    """Whether the layer is a frozen matrix that a packed layer knows; not a kind of it that computes something else."""
+    forward = getattr(type(layer), "forward", None)
     if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1
-    return isinstance(layer, nn.Linear | nn.Embedding) or is_conv1d(layer)
+        return layer.groups == 1 and layer.padding_mode == "zeros" and forward is nn.Conv2d.forward
+    if isinstance(layer, nn.Embedding):  # embed_scale: a factor that the packed layer knows
+        return forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
+    return (isinstance(layer, nn.Linear) and forward is nn.Linear.forward) or is_conv1d(layer)
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
@@ -55,8 +58,15 @@ def trained_numbers(layer: nn.Module, r: int, method: str) -> int:
     return r * (O + I) + (O if method == DORA else 0)
 
 
+def frozen_numbers(layer: nn.Module, r: int, method: str) -> int:
+    """How many numbers a trial carries at this layer and does not train: PiSSA's factors of step 0."""
+    return r * sum(matrix_shape(layer)) if method == PISSA else 0
+
+
 def refusal(layer: nn.Module, method: str) -> str | None:
     """Why a method cannot adapt this layer, or None where it can."""
+    if method == LORA_PLUS and isinstance(layer, nn.Embedding):
+        return "method lora+ speeds up the factor that begins at zero, which at an embedding is A; use lora there"
     if method in (DORA, PISSA) and not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
         return f"method {method} adapts linear layers, not {type(layer).__name__}; use lora or rslora there"
     return None
@@ -99,9 +109,9 @@ def pissa(layer: nn.Module, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A (r, I) and B (O, r) with scaling · BA = the r leading singular parts of W₀.
 
     PiSSA, Meng et al. 2024, arXiv 2404.02948, equations 2–3: A = √S Vᵀ, B = U √S, over a base of W₀ − BA. In a pack
-    the base is shared and stays whole; its residual is taken by a second, frozen update −BA of step 0. That is exact,
-    doubles the update's rank in time, and the adapter's size in checkpoints. In bfloat16 it is closer to float32 than
-    PiSSA alone, whose residual is rounded.
+    the base is shared and stays whole; its residual is taken by a second, frozen update −BA of step 0. That is exact
+    in float32, doubles the update's rank in time, and the adapter's size in checkpoints. In bfloat16 its error is of
+    the size of PiSSA's alone, whose residual is rounded.
     """
     U_Or, S_r, Vh_rI = _leading_parts(layer, r)
     root_r = (S_r / scaling).sqrt()

@@ -23,8 +23,8 @@ MOMENTS = {ADAMW: {"mean": "exp_avg", "square": "exp_avg_sq"}, SGD: {"mean": "mo
 class Recipe:
     """How one trial's numbers move.
 
-    AdamW: Loshchilov & Hutter, arXiv 1711.05101; weight decay is on matrices, not on biases. LoRA+: Hayou et al. 2024,
-    arXiv 2402.12354: B learns `lr_ratio` times as fast as A.
+    AdamW: Loshchilov & Hutter, arXiv 1711.05101; weight decay is on all but biases. LoRA+: Hayou et al. 2024,
+    arXiv 2402.12354: B learns `lr_ratio` times as fast as A, and as a head's weights and biases.
     """
 
     learning_rate: float
@@ -35,6 +35,11 @@ class Recipe:
     clip: float | None = None  # largest norm of the trial's own gradient
     betas: tuple[float, float] = (0.9, 0.999)  # SGD takes the first as its momentum
     lr_ratio: float = 1.0  # lr_B / lr_A
+
+
+def moment_count(kind: str, betas: tuple[float, float]) -> int:
+    """How many numbers the optimizer keeps for each that it trains."""
+    return 2 if kind == ADAMW else int(betas[0] > 0)
 
 
 def lr_factor(schedule: str, step: int, steps: int, warmup: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class ForwardPass:
     dropout: bool = False  # off in evaluation
     distinct_U: Tensor | None = None  # where inputs repeat over the trials: one row of each different input …
     place_R: Tensor | None = None  # … and which of them every row is
+    widened: bool = False  # the pass has left the shared trunk
 
 
 def layer_key(name: str) -> int:
@@ -40,7 +42,7 @@ def dropout_keep(shape: torch.Size, keys: ForwardPass, layer: int) -> Tensor:
     """
     device = keys.seeds_K.device
     _, rows, *middle, features = shape
-    positions = middle[0] if middle else 1
+    positions = math.prod(middle)
     row_b11 = keys.first_row + torch.arange(rows, device=device)[:, None, None]
     state = _mix(keys.seeds_K + 0x9E3779B9 * (keys.step + 1) + 0x85EBCA6B * (layer + 1))[:, None, None, None]
     state = _mix(state + row_b11 * 0x27D4EB2F)

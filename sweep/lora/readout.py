@@ -45,7 +45,7 @@ def reads_first_position(model: Any) -> str | None:
     if behind is None:
         return None
     device = next(model.parameters()).device
-    ids = torch.arange(12, device=device).view(2, 6)
+    ids = torch.arange(12, device=device).view(2, 6) % model.config.vocab_size
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], device=device)
     whole = model(input_ids=ids, attention_mask=mask).logits
     hook = read_first_position(model, behind)

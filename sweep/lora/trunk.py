@@ -34,15 +34,16 @@ def share_trunk(model: nn.Module, adapted: Sequence[str], forward_pass: ForwardP
         return []
 
     def narrow(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if forward_pass.distinct_U is None:
+        if forward_pass.distinct_U is None or forward_pass.widened:
             return None
         return tuple(_select(value, forward_pass) for value in args), {
             k: _select(v, forward_pass) for k, v in kwargs.items()
         }
 
     def widen(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if forward_pass.distinct_U is None:
+        if forward_pass.distinct_U is None or forward_pass.widened:
             return None
+        forward_pass.widened = True  # a block that comes round again (ALBERT's) sees rows that differ by trial
         if args:
             return (args[0].index_select(0, forward_pass.place_R), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].index_select(0, forward_pass.place_R)}
@@ -61,10 +62,13 @@ def block_list(model: nn.Module) -> str | None:
 def _select(value: Any, forward_pass: ForwardPass) -> Any:
     """A tensor over all rows, or a tuple of such, at the distinct rows; anything else as it is.
 
-    A block's inputs over rows have two dimensions or more; a vector as long as there are rows is one of positions.
+    Of a block's inputs over rows, hidden states and masks have three dimensions or more, and only whole numbers
+    (positions) have two: a vector, or a table of numbers, that happens to be as long is something else.
     """
     if isinstance(value, tuple):
         return tuple(_select(part, forward_pass) for part in value)
-    if isinstance(value, Tensor) and value.ndim >= 2 and len(value) == forward_pass.rows:
+    if not isinstance(value, Tensor) or value.ndim < 2 or (value.ndim == 2 and value.is_floating_point()):
+        return value
+    if len(value) == forward_pass.rows:
         return value.index_select(0, forward_pass.distinct_U)  # type: ignore[arg-type]
     return value

@@ -144,11 +144,13 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
         if prepared.tokens_per_step:
             facts.append(("Tokens a step", f"{prepared.tokens_per_step:.0f}, padding not counted"))
     train = study.train
+    plus = f", lora+ with B {train.loraplus_lr_ratio:g} times as fast as A" if "lora+" in study.arms.method else ""
     optimizer = "AdamW" if train.optimizer == "adamw" else f"SGD with momentum {train.betas[0]:g}"
     facts += [
         (
             "Training",
-            f"{train.steps} steps of {train.batch_size} examples, {optimizer}, {train.schedule} schedule, warm-up over "
+            f"{train.steps} steps of {train.batch_size} examples, {optimizer}{plus}, "
+            f"{train.schedule} schedule, warm-up over "
             f"{100 * train.warmup:g} % of the steps, weight decay {train.weight_decay:g}, "
             + (f"clipping at {train.clip:g}" if train.clip else "no clipping")
             + f", dropout {train.dropout:g}",

@@ -171,12 +171,6 @@ class Train(Strict):
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
     micro_batch_size: Count | None = None  # rows of a trial that go through the device at once
 
-    @model_validator(mode="after")
-    def _micro_batch_fits(self) -> Train:
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} is more than batch_size {self.batch_size}")
-        return self
-
 
 class Search(Strict):
     sampler: Literal["grid", "tpe", "gp", "random", "qmc", "nsga2"] = "grid"
@@ -250,6 +244,8 @@ def cross_checks(sections: Mapping[str, BaseModel]) -> Iterator[tuple[tuple[str,
             ("search", "rungs"),
             f"the last rung must be train.steps ({train.steps}), not {search.rungs[-1]}; set both",
         )
+    if isinstance(train, Train) and (train.micro_batch_size or 0) > train.batch_size:
+        yield ("train", "micro_batch_size"), f"{train.micro_batch_size} is more than batch_size ({train.batch_size})"
     if isinstance(confirm, Confirm):
         if isinstance(arms, Arms) and confirm.reference not in arms.rank:
             yield ("confirm", "reference"), f"rank {confirm.reference} is not among arms.rank {arms.rank}"

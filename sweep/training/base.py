@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sweep.lora.adapter import adaptable_modules, linear_modules
-from sweep.lora.methods import is_conv1d, matrix_shape, refusal, trained_numbers
+from sweep.lora.methods import frozen_numbers, is_conv1d, matrix_shape, refusal, trained_numbers
 from sweep.lora.readout import reads_first_position
 from sweep.study.arms import ALL_LINEAR, Arm
 from sweep.study.errors import FieldError
@@ -129,6 +129,14 @@ def check_arm(base: Base, arm: Arm) -> int:
     return head + sum(trained_numbers(layer, arm.r, arm.method) for layer in targets.values())
 
 
+def frozen_bytes(base: Base, arm: Arm) -> int:
+    """What a trial of the arm carries beside the base and its trained numbers."""
+    if arm.is_full:
+        return 0
+    targets = target_layers(base.model, base.head, arm.target_modules)
+    return 4 * sum(frozen_numbers(layer, arm.r, arm.method) for layer in targets.values())
+
+
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
     """Whether the logits are the output layer's product with the backbone's last hidden state and nothing else.
@@ -139,9 +147,13 @@ def has_plain_head(model: Any) -> bool:
     if not isinstance(output, nn.Linear) or model.base_model is model:
         return False
     ids = torch.arange(4, device=output.weight.device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits
-    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    return hidden is not None and torch.allclose(output(hidden), logits, rtol=1e-3, atol=1e-3)
+    larger = output.register_forward_pre_hook(lambda layer, given: (100 * given[0],))  # a cap of 30 shows on 100
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        return hidden is not None and torch.allclose(output(hidden), logits, rtol=1e-3, atol=1e-3)
+    finally:
+        larger.remove()
 
 
 def _ends(name: str, ending: str) -> bool:

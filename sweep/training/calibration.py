@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,15 +13,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from sweep import __version__
+from sweep.lora.optim import moment_count
 from sweep.lora.passes import UnpackableError
 from sweep.study.arms import Arm
 from sweep.study.records import Prepared, Setup, TrialSpec
+from sweep.training.batches import Batch
+from sweep.training.data import TokenisedData
 from sweep.training.forecast import forward_cost
-from sweep.training.rung import start_trainee, timed_steps
+from sweep.training.rung import start_trainee, tell, timed_steps, tokenised
+from sweep.training.tasks import score
 
-FIRST_PACK = 4
+FIRST_PACKS = (4, 2, 1)  # the first that fits is what precisions and attentions are compared with
 # A CPU is fastest while a pack's activations stay in its cache; a GPU once it is full.
 PACK_SIZES_CPU, PACK_SIZES_CUDA = (1, 2, 4, 8), (4, 8, 16, 32, 64)
 NEARLY = 1.03  # of two sizes that differ by less the larger is taken: it saves work between steps
@@ -53,10 +60,11 @@ def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared
 
 def choose(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The fastest figure, or one of its precision and attention in a larger pack that is as fast within 3 %."""
-    fastest = min(figures, key=lambda f: f["ms_per_trial_step"])
+    timed = [f for f in figures if "ms_per_trial_step" in f]
+    fastest = min(timed, key=lambda f: f["ms_per_trial_step"])
     near = [
         f
-        for f in figures
+        for f in timed
         if (f["precision"], f["attention"]) == (fastest["precision"], fastest["attention"])
         and f["ms_per_trial_step"] <= NEARLY * fastest["ms_per_trial_step"]
     ]
@@ -64,80 +72,130 @@ def choose(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measure(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    sizes = PACK_SIZES_CUDA if torch.cuda.is_available() else PACK_SIZES_CPU
-    try:
-        return _measure_packs(setup, prepared, arms, FIRST_PACK, sizes)
-    except UnpackableError:
-        return _measure_packs(setup, prepared, arms, 1, ())
+    """Every precision and attention with a first pack, then other sizes with the fastest of them.
 
-
-def _measure_packs(
-    setup: Setup, prepared: Prepared, arms: Sequence[Arm], first_size: int, sizes: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Every precision and attention with packs of first_size, then the other sizes with the fastest of them.
-
-    Sizes that would not fit into the free memory are left out; so are those after the first that does not.
+    What fails is written down with its error. Sizes that would not fit into the free memory are left out; so are those
+    after the first that does not. Raises the error of a model that trains in no way at all.
     """
+    sizes = PACK_SIZES_CUDA if torch.cuda.is_available() else PACK_SIZES_CPU
     precisions = ["float32", "bfloat16"] if setup.train.precision == "auto" else [setup.train.precision]
+    choices = [replace(prepared, precision=p, attention=a) for p in precisions for a in ("sdpa", "eager")]
     figures: list[dict[str, Any]] = []
-    for precision in precisions:
-        for attention in ("sdpa", "eager"):
-            choice = replace(prepared, precision=precision, attention=attention, pack_size=first_size)
-            try:
-                figures.append(_time_pack(setup, choice, arms))
-            except UnpackableError:
-                raise
-            except (ValueError, NotImplementedError, RuntimeError):  # an attention this model does not have; no memory
-                if first_size > 1 and not figures and (attention, precision) == ("eager", precisions[-1]):
-                    return _measure_packs(setup, prepared, arms, 1, ())
-                if not figures and (attention, precision) == ("eager", precisions[-1]):
-                    raise
-    best = min(figures, key=lambda figure: figure["ms_per_trial_step"])
+    for first in _first_packs(setup, choices[-1], arms):
+        figures += [_try_pack(setup, replace(choice, pack_size=first), arms) for choice in choices]
+        timed = [figure for figure in figures if "ms_per_trial_step" in figure]
+        if timed:
+            break
+    else:
+        raise RuntimeError(figures[-1]["failed"])
+    best = min(timed, key=lambda figure: figure["ms_per_trial_step"])
     choice = replace(prepared, precision=best["precision"], attention=best["attention"])
     for size in sizes:
-        if size == first_size:
+        fits = size <= first or size * best["bytes_per_trial"] <= MEMORY_SHARE * free_bytes()
+        if size == first or first == 1:  # a first pack of one: nothing larger can be
             continue
-        if size > first_size and size * best["bytes_per_trial"] > MEMORY_SHARE * free_bytes():
+        if not fits:
             break
-        try:
-            figures.append(_time_pack(setup, replace(choice, pack_size=size), arms))
-        except RuntimeError:  # out of memory after all
+        figures.append(_try_pack(setup, replace(choice, pack_size=size), arms))
+        if "failed" in figures[-1]:
             break
     return figures
 
 
-def _time_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int = 3) -> dict[str, Any]:
-    """Milliseconds a trial and step, of a pack whose ranks are mixed as the study mixes them.
+def _first_packs(setup: Setup, choice: Prepared, arms: Sequence[Arm]) -> list[int]:
+    """The sizes to begin with, largest first: those whose memory there is, by a forward pass of one trial, and only
+    one where a layer does not see the batch's rows."""
+    alone = [_trials(setup, arms, 1)[0]]
+    trainee = start_trainee(setup, replace(choice, precision="float32"), alone, 0)
+    try:
+        needed = forward_cost(setup, choice, alone, trainee)[1]
+    finally:
+        trainee.close()
+    if not all(packs_see_rows(setup, choice, arm) for arm in {arm.target_modules: arm for arm in arms}.values()):
+        return [1]
+    return [size for size in FIRST_PACKS if size == 1 or size * needed <= MEMORY_SHARE * free_bytes()]
 
-    All trials share a seed, and so their rows, as in the search.
+
+def packs_see_rows(setup: Setup, choice: Prepared, arm: Arm) -> bool:
+    """Whether every adapted layer sees the batch's rows first, so that they can be told apart by trial.
+
+    Seen on two trials of three rows of five tokens: in a batch with as many rows as tokens a layer that sees tokens
+    first (XLNet's, Longformer's) could not be told from one that sees rows.
     """
-    size = choice.pack_size
+    trials = [TrialSpec(-1, arm, 1e-4, 0, "calibration", "")] * 2
+    trainee = start_trainee(setup, choice, trials, 0)
+    data = tokenised(setup)
+    try:
+        tell(trainee, few_tokens(data, rows=6, tokens=5), 0)
+        with torch.no_grad():
+            score(trainee.model, few_tokens(data, rows=6, tokens=5), setup.task, 2)
+    except UnpackableError:
+        return False
+    finally:
+        trainee.close()
+    return True
+
+
+def few_tokens(data: TokenisedData, rows: int, tokens: int) -> Batch:
+    """A batch of that shape, of the first tokens of training rows; no row has the input of another."""
+    ids_RT = np.resize(data.train.input_ids, (rows, tokens)).astype(np.int64)
+    per_token = data.train.labels.dtype == np.int8
+    labels = np.ones((rows, tokens), dtype=bool) if per_token else np.zeros(rows, dtype=np.int64)
+    return Batch(ids_RT, np.ones_like(ids_RT), labels, np.arange(rows))
+
+
+def _try_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm]) -> dict[str, Any]:
+    """The figure of a pack, or the error that it ended in: an attention that the model does not have, no memory."""
+    try:
+        return _time_pack(setup, choice, arms)
+    except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
+        failed = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    tried = {"precision": choice.precision, "attention": choice.attention, "pack_size": choice.pack_size}
+    return {**tried, "failed": failed}
+
+
+def _trials(setup: Setup, arms: Sequence[Arm], size: int) -> list[TrialSpec]:
+    """Ranks mixed as the study mixes them; all trials share a seed, and so their rows, as in the search."""
     mixed = [arms[i * len(arms) // size % len(arms)] for i in range(size)]
-    trials = [TrialSpec(-1, arm, 1e-4, setup.split_seed, "calibration", "") for arm in mixed]
+    return [TrialSpec(-1, arm, 1e-4, setup.split_seed, "calibration", "") for arm in mixed]
+
+
+def _time_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int = 3) -> dict[str, Any]:
+    """Milliseconds a trial and step."""
+    size = choice.pack_size
+    trials = _trials(setup, arms, size)
     trainee = start_trainee(setup, choice, trials, 0)
     try:
         times = timed_steps(setup, choice, trials, trainee, warmup=1, steps=steps)
         kept = forward_cost(setup, choice, trials, trainee)[1]
     finally:
         trainee.close()
-    trained = sum(choice.trainable_params[trial.arm.name] for trial in trials)
+    numbers = sum(choice.trainable_params[trial.arm.name] for trial in trials)
+    each = 4 * (2 + moment_count(setup.train.optimizer, setup.train.betas))  # weight, gradient, moments
     return {
         "precision": choice.precision,
         "attention": choice.attention,
         "pack_size": size,
         "ms_per_trial_step": round(1000 * statistics.median(times) / size, 2),
-        "bytes_per_trial": (kept + 16 * trained) // size,  # 4 bytes each: weights, gradients, two moments
+        "bytes_per_trial": (kept + each * numbers) // size,
     }
 
 
 def free_bytes() -> int:
-    """What a pack may take: free memory of the CUDA device, or available memory of the machine."""
+    """What a pack may take: free memory of the CUDA device, or of the machine within the limit that it is held to."""
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable: the memory that a pack may take cannot be told")
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + cached
+    free = (
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else 2**33
+    )
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), free)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def _calibration_key(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> str:
@@ -146,7 +204,8 @@ def _calibration_key(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> s
         "model": prepared.model_fingerprint,
         "task": setup.task,
         "shape": [setup.train.batch_size, setup.data.max_length, prepared.tokens_per_step],
-        "precision": setup.train.precision,
+        "train": [setup.train.precision, setup.train.dropout, setup.train.optimizer, setup.train.micro_batch_size],
+        "engine": __version__,
         "arms": [asdict(arm) for arm in arms],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

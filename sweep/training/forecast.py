@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sweep.lora.optim import moment_count
 from sweep.study.arms import Arm
 from sweep.study.records import Prepared, Setup, TrialSpec
-from sweep.training.base import check_arm
+from sweep.training.base import check_arm, frozen_bytes
 from sweep.training.rung import Trainee, base_for, pack_batches, start_trainee, tokenised, training_losses
 
 
@@ -28,7 +29,7 @@ class Forecast:
 def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[Forecast]:
     """A forecast for every arm; arms of one cost_key share a measurement.
 
-    Memory: base, trained weights, their gradients and two moments (4 bytes each), and what the forward pass keeps for
+    Memory: base, trained weights, their gradients and moments (4 bytes each), and what the forward pass keeps for
     the backward pass, counted. Time: the forward pass costs 2·N·tokens, a LoRA step 4·N·tokens (twice as much), and a
     step of full fine-tuning 6·N·tokens (three times as much).
     """
@@ -49,8 +50,9 @@ def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
     finally:
         trainee.close()
     trainable = check_arm(base, arm)
-    weights = base_bytes if arm.is_full else base_bytes + 4 * trainable
-    return Forecast(arm, trainable, weights + 12 * trainable + kept, seconds * (3 if arm.is_full else 2))
+    weights = base_bytes if arm.is_full else base_bytes + 4 * trainable + frozen_bytes(base, arm)
+    beside = 4 * (1 + moment_count(setup.train.optimizer, setup.train.betas)) * trainable
+    return Forecast(arm, trainable, weights + beside + kept, seconds * (3 if arm.is_full else 2))
 
 
 def forward_cost(setup: Setup, prepared: Prepared, trials: list[TrialSpec], trainee: Trainee) -> tuple[float, int]:
@@ -64,11 +66,14 @@ def forward_cost(setup: Setup, prepared: Prepared, trials: list[TrialSpec], trai
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    seconds = 0.0
+    seconds, largest = 0.0, 0
     for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, trials, 0, 2)):  # the first warms up
         began = time.perf_counter()
-        kept.clear()
+        largest = 0
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            sum(loss_K.sum().item() for loss_K in training_losses(trainee, batch, setup, prepared, step))
+            for loss_K in training_losses(trainee, batch, setup, prepared, step):  # one at a time, as they train
+                loss_K.sum().item()
+                largest = max(largest, sum(kept.values()))
+                kept.clear()
         seconds = time.perf_counter() - began
-    return seconds, sum(kept.values())
+    return seconds, largest

@@ -13,7 +13,7 @@ from sweep.study.arms import Arm
 from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup
 from sweep.training.base import check_arm, find_device, load_base
-from sweep.training.calibration import FIRST_PACK, calibrate
+from sweep.training.calibration import FIRST_PACKS, calibrate
 from sweep.training.data import TokenisedData
 from sweep.training.locate import model_fingerprint
 from sweep.training.rung import located, tokenised
@@ -36,7 +36,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         except FieldError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     positions = getattr(base.model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and setup.data.max_length > positions:
+    if isinstance(positions, int) and 0 < positions < setup.data.max_length:  # XLNet says −1: as many as you like
         problems.append(("data.max_length", f"{setup.data.max_length} is more than the model's {positions} positions"))
     if problems:
         raise FieldError(*problems)
@@ -53,7 +53,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         device=device_name(device),
         precision="float32",
         attention="eager",
-        pack_size=FIRST_PACK,
+        pack_size=FIRST_PACKS[0],
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions=_versions(),
         chance_loss=chance_loss,

@@ -15,9 +15,10 @@ from safetensors.torch import save
 from torch import nn
 
 from sweep.lora.adapter import linear_modules
+from sweep.lora.optim import moment_count
 from sweep.study.arms import Arm
 from sweep.study.records import Cost, Prepared, Setup, TrialSpec
-from sweep.training.base import check_arm, find_device
+from sweep.training.base import check_arm, find_device, frozen_bytes
 from sweep.training.prepare import device_name
 from sweep.training.rung import base_for, pack_batches, start_trainee, timed_steps, tokenised
 
@@ -38,7 +39,7 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
 def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     """The same in this process, which must be a fresh one: the high-water mark is the process's.
 
-    Weights, gradients (4 bytes a trainable parameter) and optimizer state (8 bytes: two moments) are computed from the
+    Weights, gradients (4 bytes a trainable parameter) and optimizer state (AdamW: 8) are computed from the
     parameters' number; activations are what else the peak holds, workspace among it. On the CPU the peak is the bytes
     of the loaded base and the rise of the resident high-water mark over it; on CUDA the peak of the allocator.
     """
@@ -46,7 +47,7 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     data = tokenised(setup)
     base = base_for(setup, prepared, arm)
     base_bytes = _resident(base.model)
-    trainable_bytes = 4 * check_arm(base, arm)
+    trainable_bytes, carried_bytes = 4 * check_arm(base, arm), frozen_bytes(base, arm)
     layers = linear_modules(base.model)
     head = sum(p.numel() for name in base.head for p in layers[name].parameters())
     total = prepared.total_params + (0 if arm.is_full else trainable_bytes // 4 - head)  # the head counts once
@@ -63,8 +64,8 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     peak = rise if device.type == "cuda" else base_bytes + rise
     if arm.is_full:  # the copy that trains is the model; the untouched base beside it is only our spare
         peak -= base_bytes
-    weights = base_bytes + (0 if arm.is_full else trainable_bytes)
-    moments = 2 * trainable_bytes
+    weights = base_bytes + (0 if arm.is_full else trainable_bytes + carried_bytes)
+    moments = moment_count(setup.train.optimizer, setup.train.betas) * trainable_bytes
     tokens = [batch.tokens for batch, _ in pack_batches(data, setup, [trial], 0, WARMUP_STEPS + MEASURED_STEPS)]
     return Cost(
         cost_key=arm.cost_key,

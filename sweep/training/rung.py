@@ -216,10 +216,10 @@ def training_losses(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prep
     """The trials' mean losses (K,), as the parts of them that each device batch adds; mostly there is one."""
     counts = target_counts(batch, trainee.trials)
     for first_row, part in split_batch(batch, trainee.trials, setup.train.micro_batch_size):
-        _tell(trainee, part, step, first_row)
+        tell(trainee, part, step, first_row)
         with _autocast(trainee, prepared):
-            scores = score(trainee.model, part, setup.task, trainee.trials, trainee.plain_head)
-        yield scores.loss_K / torch.from_numpy(counts).to(scores.loss_K)
+            loss_K = score(trainee.model, part, setup.task, trainee.trials, trainee.plain_head).loss_K
+        yield loss_K / torch.from_numpy(counts).to(loss_K)
 
 
 def timed_steps(
@@ -240,7 +240,7 @@ def held_out_scores(trainee: Trainee, split: Split, setup: Setup, prepared: Prep
     """Every trial on all rows of a split; see `summarise`."""
     trials, found = trainee.trials, []
     for batch in evaluation_batches(trainee.model, split, setup.task, trials, tokenised(setup).pad_token_id):
-        _tell(trainee, batch, None)
+        tell(trainee, batch, None)
         with torch.no_grad(), _autocast(trainee, prepared):
             found.append(score(trainee.model, batch, setup.task, trials, trainee.plain_head))
     return summarise(found, setup.task)
@@ -270,13 +270,14 @@ def located(model: str) -> ModelPlace:
     return locate_model(model)
 
 
-def _tell(trainee: Trainee, batch: Batch, step: int | None, first_row: int = 0) -> None:
+def tell(trainee: Trainee, batch: Batch, step: int | None, first_row: int = 0) -> None:
     """Tell the packed layers of the pass that comes: of a training step, or (None) without dropout."""
     if not isinstance(trainee, PackTrainee):
         return
     told = trainee.pack.forward_pass
     told.rows, told.first_row, told.step = len(batch.source_R), first_row, step or 0
     told.dropout = step is not None and told.p > 0
+    told.widened = False
     _, distinct_U, place_R = np.unique(batch.source_R, return_index=True, return_inverse=True)
     repeats = len(distinct_U) < len(place_R)
     device = told.seeds_K.device
