@@ -43,6 +43,13 @@ ADAPTER, OPTIM, METHODS = "lora/adapter.py", "lora/optim.py", "lora/methods.py"
 PASSES, TRUNK, RUNG, TASKS = "lora/passes.py", "lora/trunk.py", "training/rung.py", "training/tasks.py"
 
 CONTROL = Mutation("control: nothing but a comment", LAYERS, "class PackedLinear(", "# nothing\nclass PackedLinear(")
+HEADING = (
+    "# What breaks when a term is wrong",
+    "",
+    "Each line is one wrong term in a copy of the engine, and the tests of the parity suite that then fail, with how",
+    "many of their cases. Written by `python tests/mutations.py --out reports/parity/mutations.md`.",
+    "",
+)
 MUTATIONS = (
     Mutation(
         "scaling is alpha, not alpha / r",
@@ -157,7 +164,10 @@ MUTATIONS = (
     Mutation("clipping missing", OPTIM, "if clipped[k]:", "if False:"),
     Mutation("mean over K, not sum", RUNG, "loss_K.sum().backward()", "loss_K.mean().backward()"),
     Mutation(
-        "a device batch's mean, not the batch's", RUNG, "torch.from_numpy(counts).to(scores.loss_K)", "scores.count_K"
+        "a device batch's mean, not the batch's",
+        RUNG,
+        "torch.from_numpy(counts).to(loss_K)",
+        "torch.from_numpy(target_counts(part, trainee.trials)).to(loss_K)",
     ),
     Mutation(
         "the first trial's rate for all",
@@ -277,7 +287,7 @@ def main() -> int:
             lines.append(f"| {mutation.what} | `{mutation.file}` | {broke} |")
             print(lines[-1], flush=True)
     if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+        options.out.write_text("\n".join([*HEADING, *lines]) + "\n")
     print(f"\n{len(chosen) - 1} mutations; not as it should be: {', '.join(bad) or 'none'}")
     return 1 if bad else 0
 

@@ -72,6 +72,7 @@ def plain_base(setup: Setup, labels: tuple[str, ...], base: str, attention: str)
         model: Any = auto.from_pretrained(place.path, **settings)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # a GGUF file's weights are unpacked by now
+        model.is_quantized, model.hf_quantizer = False, None  # else the Trainer refuses to train
     model.config.use_cache = False  # nobody keeps keys and values in training
     for module in model.modules():
         if isinstance(module, nn.Dropout):
