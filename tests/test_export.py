@@ -223,9 +223,9 @@ def test_head_of_several_layers_and_for_other_labels_is_trained_and_exported(tmp
     [
         ("dora", "[c_attn, c_fc]"),
         ("pissa", "[c_attn, c_fc]"),
-        ("lora+", "all-linear"),
+        pytest.param("lora+", "all-linear", marks=pytest.mark.slow),
         ("lora", "[wte, wpe, c_attn]"),
-        ("rslora", "[lm_head, c_proj]"),
+        pytest.param("rslora", "[lm_head, c_proj]", marks=pytest.mark.slow),
     ],
 )
 def test_every_method_on_gpt2_exports_for_peft_and_merged(tmp_path: Path, method: str, modules: str) -> None:
