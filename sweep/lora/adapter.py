@@ -81,7 +81,7 @@ class Pack:
     trials: int
     forward_pass: ForwardPass
     flats: list[Flat] = field(default_factory=list)
-    frozen: list[dict[str, Tensor]] = field(default_factory=list)  # of each trial: what it carries and does not train
+    frozen: list[State] = field(default_factory=list)  # of each trial: what it carries and does not train
     replaced: list[tuple[str, nn.Module]] = field(default_factory=list)  # what stood where the packed layers stand
     hooks: list[RemovableHandle] = field(default_factory=list)
 
