@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -194,6 +195,29 @@ def test_a_crash_on_the_way_is_made_good(
     undisturbed = Tracking(f"sqlite:///{tmp_path / 'second.db'}", str(tmp_path / "second"))
     project(study, folder, undisturbed, **results)
     assert after == view(undisturbed, study).everything()
+
+
+CONNECT = "import sys; from sweep.tracking.connection import Tracking, connect; connect(Tracking(*sys.argv[1:]))"
+
+
+def connecting(tmp_path: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", CONNECT, f"sqlite:///{tmp_path}/new.db", str(tmp_path)])
+
+
+def test_a_database_whose_maker_was_killed_is_made_again(tmp_path: Path) -> None:
+    maker = connecting(tmp_path)
+    while not (tmp_path / "new.db.new").exists():
+        assert maker.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # of about 1.2 s that it takes to make the tables
+    maker.kill()
+    maker.wait()
+    assert connecting(tmp_path).wait(timeout=60) == 0
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/new.db").get_experiment("0").name == "Default"
+
+
+def test_four_can_make_a_new_database_at_once(tmp_path: Path) -> None:
+    assert [maker.wait(timeout=120) for maker in [connecting(tmp_path) for _ in range(4)]] == [0, 0, 0, 0]
 
 
 def test_only_what_is_new_is_sent_while_the_study_runs(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,10 +49,31 @@ def connect(tracking: Tracking) -> MlflowClient:
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    # Two processes that initialise one new database at once break it; several drivers may share a home.
-    sqlite = tracking.uri.startswith("sqlite:///")
-    with locked(Path(tracking.uri.removeprefix("sqlite:///") + ".lock")) if sqlite else nullcontext():
-        return MlflowClient(tracking_uri=tracking.uri)
+    if tracking.uri.startswith("sqlite:///"):
+        _make_database(tracking)
+    return MlflowClient(tracking_uri=tracking.uri)
+
+
+def _make_database(tracking: Tracking) -> None:
+    """Make a new SQLite database with MLflow's tables beside its place, and move it there when whole.
+
+    MLflow makes them in some fifty steps: a process killed between two of them, or two processes at once, would leave
+    a database that no later one can open or mend.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy import make_url
+
+    url = make_url(tracking.uri)
+    if not url.database:
+        return  # in memory
+    path, new = Path(url.database), Path(url.database + ".new")
+    with locked(Path(url.database + ".lock")):
+        if path.exists():
+            return
+        for leftover in path.parent.glob(new.name + "*"):
+            leftover.unlink()
+        SqlAlchemyStore(str(url.set(database=str(new))), tracking.artifacts or str(path.parent)).engine.dispose()
+        os.replace(new, path)
 
 
 @contextmanager
