@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sweep.driver.checkpoints import tidy_checkpoints
+from sweep.driver.interrupts import uninterrupted
 from sweep.driver.plan import Slot, search_slot
 from sweep.driver.progress import Progress, Tally, count_rung, snapshot
 from sweep.driver.sampling import LEARNING, draw_rate
@@ -43,6 +44,7 @@ def warn(session: Session, message: str) -> None:
         append(session.folder.journal, "warning", message=message)
 
 
+@uninterrupted()
 def ask(session: Session, slot: Slot) -> TrialRecord:
     """The slot's trial, created where there is none yet."""
     if slot.name not in session.records:
@@ -70,6 +72,7 @@ def start_record(session: Session, slot: str, spec: TrialSpec) -> None:
     session.records[slot] = TrialRecord(spec, time.time())
 
 
+@uninterrupted()
 def settle(session: Session, slot: str, measurement: Measurement) -> None:
     """Take up what a rung found for one trial."""
     record = session.records[slot]
@@ -95,6 +98,7 @@ def end_if_over(session: Session, slot: str) -> None:
         end(session, slot, COMPLETE)
 
 
+@uninterrupted()
 def end(session: Session, slot: str, state: str, reason: str = "") -> None:
     """End a trial."""
     record = session.records[slot]

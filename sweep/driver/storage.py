@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from sweep.driver.interrupts import uninterrupted
 from sweep.driver.plan import rate_bounds
 from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.sampling import RATE
@@ -55,6 +56,7 @@ def shown_url(url: str) -> str:
         return "(not a URL)"
 
 
+@uninterrupted()
 def open_storage(url: str) -> BaseStorage:
     """Open a storage by its Optuna URL. Raises StorageError."""
     # A dashboard may be reading the file; a server may have restarted since the last trial.
@@ -67,6 +69,7 @@ def open_storage(url: str) -> BaseStorage:
         raise StorageError(f"the Optuna storage {shown_url(url)} cannot be opened: {_cause(error, url)}") from None
 
 
+@uninterrupted()
 def open_ledger(study: Study, storage: BaseStorage, fresh: bool) -> Ledger:
     """Open the study in Optuna's storage, or make it.
 

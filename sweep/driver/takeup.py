@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from optuna.trial import FrozenTrial
 
 from sweep.driver.checkpoints import remove_half_written, tidy_checkpoints
+from sweep.driver.interrupts import uninterrupted
 from sweep.driver.plan import confirm_slot, search_slot
 from sweep.driver.sampling import RATE
 from sweep.driver.session import Session, end_if_over, start_record, warn
@@ -39,6 +40,7 @@ def refuse_other_inputs(executor: Executor, work: Work, setup: Setup, prepared: 
         raise FieldError(*problems)
 
 
+@uninterrupted()
 def match_trials(ledger: Ledger, journals: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
     """The journals' trials by slot, each with its trial in Optuna; those that Optuna lost are created again.
 
@@ -69,6 +71,7 @@ def match_trials(ledger: Ledger, journals: Sequence[TrialRecord]) -> dict[str, T
     return records
 
 
+@uninterrupted()
 def take_up(session: Session) -> None:
     """Bring the two sides to one state: nothing is lost, doubled or left running. Idempotent."""
     journals = {record.spec.number for record in session.records.values()}
