@@ -111,7 +111,7 @@ def test_adapter_in_peft_and_merged_model_give_the_engines_logits(
     }
     for arm in ("r2-ratio1", "r64-ratio2"):
         trial = trial_of(record, arm)
-        ours = _our_logits(base, trial.spec.arm, _weights_of(trial, False), batch)
+        ours = _our_logits(base, trial.spec.arm, _weights_of(trial, False), batch).float()
         untrained = base.model(**inputs).logits
         assert not torch.allclose(ours, untrained, atol=1e-3), "the adapter changes nothing, so the test would be blind"
         for merge in (False, True):
@@ -244,7 +244,7 @@ def test_every_method_on_gpt2_exports_for_peft_and_merged(tmp_path: Path, method
     batch = few_rows(load_data(study.setup(str(home.cache)), locate_model(study.model)))
     inputs = {"input_ids": torch.from_numpy(batch.input_ids_RT)}
     inputs["attention_mask"] = torch.from_numpy(batch.attention_mask_RT)
-    ours = _our_logits(base, trial.spec.arm, _weights_of(trial, False), batch)
+    ours = _our_logits(base, trial.spec.arm, _weights_of(trial, False), batch).float()
     assert not torch.allclose(ours, base.model(**inputs).logits, atol=1e-3), "the adapter changes nothing"
     for merge in (False, True):  # export() itself compares the logits in a fresh process
         assert export(study, record, trial, tmp_path / f"merged-{merge}", merge, "Evidence.", home.cache)

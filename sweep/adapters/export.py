@@ -104,7 +104,15 @@ def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
 
 
 def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-    """The logits of the engine itself, in float32."""
+    """The logits of the engine itself, in float64: see `verify`. The base is left as it was, in float32."""
+    nn.Module.double(base.model)  # transformers' own refuses for models read from GGUF files
+    try:
+        return _logits_with(base, arm, weights, batch)
+    finally:
+        nn.Module.float(base.model)
+
+
+def _logits_with(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
     if arm.is_full:
         before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
         _copy_in(base.model, weights)
@@ -194,7 +202,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     inputs = (torch.from_numpy(batch.input_ids_RT).to(device), torch.from_numpy(batch.attention_mask_RT).to(device))
     logits: Tensor = model(input_ids=inputs[0], attention_mask=inputs[1]).logits
-    return logits.float().cpu()
+    return logits.double().cpu()
 
 
 @torch.no_grad()
