@@ -138,7 +138,8 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
     searches = sum(len(values) for values in rates.values())
     confirms = finalists * len(study.confirm.seeds)
     lines = [
-        f"{study.model} with {prepared.total_params:,} parameters on {prepared.device}, {prepared.precision}; rows: "
+        f"{study.model} with {prepared.total_params:,} parameters on {prepared.device}; "
+        f"packs of up to {prepared.pack_size} in {prepared.precision} with {prepared.attention} attention; rows: "
         + ", ".join(f"{rows} {part}" for part, rows in prepared.rows.items()),
         f"{len(arms)} arms, {searches} search trials, at most {confirms} confirm trials "
         f"({finalists} finalists on {len(study.confirm.seeds)} seeds), {study.train.steps} steps each",
@@ -160,7 +161,9 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
         )
     searched = sum(row.step_seconds * len(rates[row.arm.name]) * study.train.steps for row in rows)
     lines.append(f"the search alone, unpacked and unpruned: at most {clock(searched)}; packs and pruning shorten it")
-    lines.append("memory and time are predicted, for each arm alone; nothing but a few timing steps was trained")
+    lines.append(
+        "memory and time are predicted, for each arm alone, from a few timed steps: on a busy machine they are off"
+    )
     return lines, table
 
 

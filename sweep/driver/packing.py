@@ -67,7 +67,7 @@ def calibration_lines(prepared: Prepared) -> list[str]:
             f"{f['precision']} {f['attention']} ×{f['pack_size']} {f.get('ms_per_trial_step') or f['failed']}"
             for f in prepared.calibration
         )
-        lines.append(f"calibration, ms a trial and step: {', '.join(figures)}")
+        lines.append(f"calibration, ms a trial and step (the larger of two packs within 3 %): {', '.join(figures)}")
     return lines
 
 

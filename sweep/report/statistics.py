@@ -83,6 +83,8 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
     none = Interval(0, math.nan)
     loss = t_interval(losses) if losses else none
     metric = t_interval(metrics) if metrics else none
+    if metric_name == "accuracy" and metric.low is not None and metric.high is not None:
+        metric = replace(metric, low=max(0.0, metric.low), high=min(1.0, metric.high))  # it can be nothing else
     cost = record.costs.get(arm.cost_key)
     known = record.prepared.trainable_params.get(arm.name) if record.prepared else None
     return ArmResult(

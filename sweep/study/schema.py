@@ -98,14 +98,13 @@ class Arms(Strict):
     target_modules: Annotated[list[Modules], Field(min_length=1)] = ["all-linear"]
     full_finetuning: bool = True
 
-    @model_validator(mode="after")
-    def _no_arm_twice(self) -> Arms:
+    def repeats(self) -> Iterator[tuple[str, str]]:
+        """What would make an arm appear twice: (field, message)."""
         for name in ("rank", "alpha_ratio", "method"):
             if _has_repeats(getattr(self, name)):
-                raise ValueError(f"{name} holds a value twice: each combination is one arm")
+                yield name, "holds a value twice: each combination is one arm"
         if _has_repeats([frozenset([ALL_LINEAR] if x == ALL_LINEAR else x) for x in self.target_modules]):
-            raise ValueError("target_modules names the same modules twice (in any order they are the same arms)")
-        return self
+            yield "target_modules", "names the same modules twice (in any order they are the same arms)"
 
 
 class Range(Strict):
@@ -156,6 +155,12 @@ class Tune(Strict):
     full_finetuning: TuneFull | None = None
 
 
+def _two(betas: list[float]) -> list[float]:
+    if len(betas) != 2:
+        raise ValueError("must be two numbers, the decay of AdamW's first and second moment, as [0.9, 0.999]")
+    return betas
+
+
 class Train(Strict):
     steps: Count
     batch_size: Count
@@ -166,7 +171,7 @@ class Train(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], AfterValidator(_two)] = [0.9, 0.999]
     loraplus_lr_ratio: Positive = 16.0  # lr_B / lr_A of method lora+
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
     micro_batch_size: Count | None = None  # rows of a trial that go through the device at once
@@ -239,6 +244,8 @@ def cross_checks(sections: Mapping[str, BaseModel]) -> Iterator[tuple[tuple[str,
     """What no single section can see: yields (field path, message), from those sections that are well-formed."""
     arms, tune, train = sections.get("arms"), sections.get("tune"), sections.get("train")
     search, confirm = sections.get("search"), sections.get("confirm")
+    if isinstance(arms, Arms):
+        yield from ((("arms", field), message) for field, message in arms.repeats())
     if isinstance(search, Search) and isinstance(train, Train) and search.rungs and search.rungs[-1] != train.steps:
         yield (
             ("search", "rungs"),
