@@ -29,6 +29,7 @@ class Bench:
     setup: Setup
     data: TokenisedData
     steps: int
+    repeats: int
     tokens: tuple[float, float]  # of one trial and step: padding not counted, and counted
 
     @property
