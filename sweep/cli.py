@@ -87,7 +87,7 @@ def run(
     executor: Annotated[ExecutorName, typer.Option(help="Where trials run.")] = ExecutorName.inline,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print arms, trials, parameters, predicted memory and time; train nothing."),
+        typer.Option("--dry-run", help="Print arms, trials, parameters, predicted memory and time; train no trial."),
     ] = False,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""

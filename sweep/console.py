@@ -162,7 +162,7 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
     searched = sum(row.step_seconds * len(rates[row.arm.name]) * study.train.steps for row in rows)
     lines.append(f"the search alone, unpacked and unpruned: at most {clock(searched)}; packs and pruning shorten it")
     lines.append(
-        "memory and time are predicted, for each arm alone, from a few timed steps: on a busy machine they are off"
+        "memory and time are predicted, for each arm alone, from one timed forward pass: on a busy machine they are off"
     )
     return lines, table
 

@@ -146,7 +146,7 @@ def test_a_dry_run_shows_every_arm_and_leaves_no_study(tmp_path: Path) -> None:
     for arm in quickstart().list_arms():
         assert any(line.split()[:1] == [arm.name] for line in done.stdout.splitlines())
     assert "9 arms, 27 search trials" in done.stdout
-    assert "from a few timed steps: on a busy machine they are off" in " ".join(done.stdout.split())
+    assert "from one timed forward pass: on a busy machine they are off" in " ".join(done.stdout.split())
     assert not (tmp_path / "home" / "studies").exists()
     assert not (tmp_path / "home" / "mlflow.db").exists()
 

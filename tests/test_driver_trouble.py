@@ -64,11 +64,10 @@ def test_want_of_memory_is_not_passing_trouble_but_halves_the_pack(home: Home) -
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return train_rung(unit)
 
-    study = make_study()
+    study = make_study(arms={"rank": [2, 4, 8, 16], "alpha_ratio": [1.0, 2.0], "full_finetuning": True})
     run(home, study, fake_work(train))
     assert not any(t.state == FAILED for t in records_of(home, study).trials)
-    phases = 2  # each may find out once, and then plans smaller packs
-    assert sum(size > 2 for size in sizes) <= 2 * phases + 1, sizes
+    assert [size for size in sizes if size > 2] == [5, 3], "found out once: 24 trials in packs of 5, and again by half"
 
 
 def test_a_cost_is_not_given_up_because_the_data_are_gone(home: Home, done: Home) -> None:

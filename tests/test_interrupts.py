@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ import pytest
 from driving import journal_view, optuna_view, records_of, run, trials_of, undisturbed
 from fakes import make_study
 
-from sweep.driver import session
+from sweep.driver import session, storage, takeup
 from sweep.driver.interrupts import uninterrupted
 from sweep.study.home import Home
 
 
 class Thing: ...
+
+
+def raise_interrupt(number: int, frame: Any) -> None:
+    """The command's own handler."""
+    raise KeyboardInterrupt
 
 
 def interrupt_in_a_callback(number: int) -> None:
@@ -27,25 +33,39 @@ def interrupt_in_a_callback(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("write", ["create_trial", "report", "tell"])
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        (session, "create_trial"),
+        (session, "report"),
+        (session, "tell"),
+        (storage.optuna.storages, "get_storage"),
+        (storage, "question_hash"),
+        (takeup, "list_trials"),
+        (takeup, "tidy_checkpoints"),
+    ],
+)
 def test_an_interrupt_inside_a_write_is_raised_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, call: str, number: int
 ) -> None:
-    def raise_interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
+    home, study = Home(tmp_path / "home"), make_study()
     before = {n: signal.signal(n, raise_interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
-    real, home, study = getattr(session, write), Home(tmp_path / "home"), make_study()
 
-    def interrupted(*args: Any) -> Any:
-        interrupt_in_a_callback(number)
-        return real(*args)
+    def run_interrupted(module: Any, call: str) -> None:
+        real = getattr(module, call)
+
+        def interrupted(*args: Any) -> Any:
+            interrupt_in_a_callback(number)
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, call, interrupted)
+            run(home, study)
 
     try:
-        for _ in range(3):
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(session, write, interrupted)
-                run(home, study)
+        run_interrupted(session, "report")  # so that there is something to take up
+        run_interrupted(module, call)
+        run_interrupted(module, call)
         run(home, study)
     finally:
         for n, handler in before.items():
@@ -55,9 +75,12 @@ def test_an_interrupt_inside_a_write_is_raised_after_it(
     assert optuna_view(trials_of(home, study)) == optuna_view(trials_of(calm, study))
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_second_interrupt_does_not_wait(depth: int) -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), ExitStack() as blocks:
+        for _ in range(depth):
+            blocks.enter_context(uninterrupted())
         signal.raise_signal(signal.SIGINT)
         reached.append("after the first")
         signal.raise_signal(signal.SIGINT)

@@ -32,6 +32,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyRecord, Path]:
     return record, folder / "out"
 
 
+def test_an_accuracys_interval_ends_at_one(tmp_path: Path) -> None:
+    study = quickstart("confirm.seeds=[1,2]")
+    record = write_study(tmp_path / "study", study, lambda arm, seed: 0.3 * (seed == 1), ends={})
+    for arm in find(study, record).arms:  # accuracies 0.9 and 1.0: by t alone 0.315 to 1.585
+        assert (arm.metric_low, arm.metric_high) == (pytest.approx(0.95 - 12.7062 * 0.05, abs=1e-4), 1.0)
+
+
 def test_every_file_is_there_and_small(made: tuple[StudyRecord, Path]) -> None:
     _, out = made
     figures = list((out / "figures").glob("*.png"))

@@ -49,13 +49,6 @@ def test_interval_is_students() -> None:
     assert interval.upper == pytest.approx(0.238 + 2.1318 * 0.023875 / math.sqrt(5), abs=1e-5)
 
 
-def test_an_accuracys_interval_ends_at_one(tmp_path: Path) -> None:
-    study = quickstart("confirm.seeds=[1,2]")
-    record = write_study(tmp_path / "study", study, lambda arm, seed: 0.3 * (seed == 1), ends={})
-    for arm in find(study, record).arms:  # accuracies 0.9 and 1.0: by t alone 0.315 to 1.585
-        assert (arm.metric_low, arm.metric_high) == (pytest.approx(0.95 - 12.7062 * 0.05, abs=1e-4), 1.0)
-
-
 def test_one_value_has_no_interval_and_none_has_no_mean() -> None:
     assert t_interval([0.3]).low is None and t_interval([0.3]).upper is None
     with pytest.raises(ValueError, match="no values"):

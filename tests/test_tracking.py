@@ -206,12 +206,13 @@ def connecting(tmp_path: Path) -> subprocess.Popen[bytes]:
 
 def test_a_database_whose_maker_was_killed_is_made_again(tmp_path: Path) -> None:
     maker = connecting(tmp_path)
-    while not (tmp_path / "new.db.new").exists():
+    new = tmp_path / "new.db.new"
+    while not (new.exists() and new.stat().st_size > 100_000):  # of about a million when it is whole
         assert maker.poll() is None
         time.sleep(0.01)
-    time.sleep(0.3)  # of about 1.2 s that it takes to make the tables
     maker.kill()
     maker.wait()
+    assert new.exists() and not (tmp_path / "new.db").exists(), "killed too late to show anything"
     assert connecting(tmp_path).wait(timeout=60) == 0
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/new.db").get_experiment("0").name == "Default"
 

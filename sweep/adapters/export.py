@@ -104,7 +104,7 @@ def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
 
 
 def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-    """The logits of the engine itself, in float64: see `verify`. The base is left as it was, in float32."""
+    """The logits of the engine itself, in float64 as in `verify`. The base is left as it was, in float32."""
     nn.Module.double(base.model)  # transformers' own refuses for models read from GGUF files
     try:
         return _logits_with(base, arm, weights, batch)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 def largest_difference(question: dict[str, Any]) -> float:
     """Largest absolute difference of the logits, over all rows; padding left out.
 
-    Computed in float64: in float32 the rounding of a deep model alone differs by more than an error should.
+    Weights and activations are float64, but for what a model casts to float32 itself: all in float32, the rounding
+    of a deep model alone differs by more than an error should.
     """
     classify = question["task"] == "sequence-classification"
     auto: Any = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM

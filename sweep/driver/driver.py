@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group, steps_ahead
-from sweep.driver.packing import Pack, Ready, calibration_lines, halves, is_out_of_memory, plan_packs
+from sweep.driver.packing import Pack, Ready, at_most, calibration_lines, halves, is_out_of_memory, plan_packs
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
@@ -77,9 +77,9 @@ def run_study(
         session.tally.steps_left = steps_ahead(study, records, known.finalists)
         prepared = known.prepared or _prepare(session)
         slots = search_slots(study)
-        _run_phase(session, prepared, slots, study.search.keep)
+        pack_size = _run_phase(session, prepared, slots, study.search.keep, prepared.pack_size)
         finalists = known.finalists or _choose(session, slots)
-        _run_phase(session, prepared, confirm_slots(study, finalists), keep=1.0)
+        _run_phase(session, prepared, confirm_slots(study, finalists), 1.0, pack_size)
         _probe_costs(session, prepared, known.costs)
         append(folder.journal, "finished")
         session.tally.phase = "done"
@@ -96,13 +96,13 @@ def _prepare(session: Session) -> Prepared:
     return prepared
 
 
-def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], keep: float) -> None:
-    """Bring every slot's trial to its end, rung by rung, pack by pack.
+def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], keep: float, pack_size: int) -> int:
+    """Bring every slot's trial to its end, rung by rung, pack by pack. Returns the size of packs that found memory.
 
     Raises what is no trial's fault, once the packs in training have ended.
     """
     if not slots:
-        return
+        return pack_size
     session.tally.phase = slots[0].phase
     groups = form_groups(slots, session.study.rungs, keep)
     group_of = {index: group for group in groups for index in group.slots}
@@ -110,7 +110,6 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
     packs: deque[Pack] = deque()
     running: dict[Future[Any], Pack] = {}
     trouble: Exception | None = None
-    pack_size = prepared.pack_size
     while running or (trouble is None and (ready or packs)):
         while trouble is None and len(running) < session.executor.slots:
             if not packs:
@@ -135,6 +134,7 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
             if error is not None and len(pack.slots) > 1:
                 if is_out_of_memory(error):
                     pack_size = min(pack_size, max(1, len(pack.slots) // 2))
+                    packs = deque(part for queued in packs for part in at_most(queued, pack_size))
                 packs.extendleft(reversed(halves(pack)))
                 session.say(f"{_trials(pack)} failed together and are tried in halves: {_one_line(error)}")
                 continue
@@ -150,6 +150,7 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
             session.say(message)
     if trouble is not None:
         raise trouble
+    return pack_size
 
 
 def _is_passing(error: Exception) -> bool:

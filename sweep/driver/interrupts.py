@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between writes, never inside one.
+"""Ctrl-C and SIGTERM before or after what is written of a trial, in its journal and in Optuna, and not amid it.
 
 Python raises KeyboardInterrupt at whatever line it stands on; inside a database library that can be a clean-up
 callback, which prints a traceback and swallows it.
@@ -12,31 +12,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_came: list[int] = []  # signals that wait for the end of the outermost block
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """A signal waits for the end of the block (or of the function it decorates); a second one does not wait."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    in_main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is _note:
         yield
         return
-    came: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            restore()
-            signal.raise_signal(number)
-
-    for number in before:
-        signal.signal(number, note)
+    _came.clear()
     try:
+        for number in before:
+            signal.signal(number, _note)
         yield
     finally:
-        restore()
-        if len(came) == 1:
-            signal.raise_signal(came[0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if len(_came) == 1:
+            signal.raise_signal(_came[0])
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _came.append(number)
+    if len(_came) > 1:
+        raise KeyboardInterrupt

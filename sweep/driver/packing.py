@@ -50,6 +50,13 @@ def halves(pack: Pack) -> tuple[Pack, Pack]:
     return Pack(pack.slots[:middle], pack.start, pack.stop), Pack(pack.slots[middle:], pack.start, pack.stop)
 
 
+def at_most(pack: Pack, pack_size: int) -> list[Pack]:
+    """The pack, or its halves, or theirs, so that none is larger than `pack_size`."""
+    if len(pack.slots) <= max(1, pack_size):
+        return [pack]
+    return [part for half in halves(pack) for part in at_most(half, pack_size)]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """By name and text, since the driver knows no torch: CUDA's own error, Python's, and the CPU allocator's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

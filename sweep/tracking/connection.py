@@ -16,6 +16,7 @@ from sweep.study.home import Home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from sqlalchemy import URL
 
 # Set before mlflow is imported, and only where the user has not: a server that is down must not hold us for minutes
 # (the projector tries again by itself), and nothing is printed over the live table.
@@ -49,31 +50,33 @@ def connect(tracking: Tracking) -> MlflowClient:
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    if tracking.uri.startswith("sqlite:///"):
-        _make_database(tracking)
-    return MlflowClient(tracking_uri=tracking.uri)
-
-
-def _make_database(tracking: Tracking) -> None:
-    """Make a new SQLite database with MLflow's tables beside its place, and move it there when whole.
-
-    MLflow makes them in some fifty steps: a process killed between two of them, or two processes at once, would leave
-    a database that no later one can open or mend.
-    """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from sqlalchemy import make_url
 
+    if not is_database(tracking.uri):
+        return MlflowClient(tracking_uri=tracking.uri)
     url = make_url(tracking.uri)
-    if not url.database:
-        return  # in memory
-    path, new = Path(url.database), Path(url.database + ".new")
-    with locked(Path(url.database + ".lock")):
-        if path.exists():
-            return
-        for leftover in path.parent.glob(new.name + "*"):
-            leftover.unlink()
-        SqlAlchemyStore(str(url.set(database=str(new))), tracking.artifacts or str(path.parent)).engine.dispose()
-        os.replace(new, path)
+    if not url.drivername.startswith("sqlite") or url.database in (None, "", ":memory:") or "uri" in url.query:
+        return MlflowClient(tracking_uri=tracking.uri)
+    with locked(Path(f"{url.database}.lock")):  # two processes that make or migrate one database at once break it
+        if not Path(str(url.database)).exists():
+            _make_database(url, tracking.artifacts)
+        return MlflowClient(tracking_uri=tracking.uri)
+
+
+def _make_database(url: URL, artifacts: str | None) -> None:
+    """Make a new SQLite database with MLflow's tables beside its place, and move it there when whole.
+
+    MLflow makes them in some fifty steps: a process killed between two of them would leave a database that no later
+    one can open or mend.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path = Path(str(url.database))
+    new = path.with_name(path.name + ".new")
+    for leftover in path.parent.glob(new.name + "*"):
+        leftover.unlink()
+    SqlAlchemyStore(str(url.set(database=str(new))), artifacts or str(path.parent)).engine.dispose()
+    os.replace(new, path)
 
 
 @contextmanager

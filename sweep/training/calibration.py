@@ -151,7 +151,7 @@ def _try_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm]) -> dict[str, 
     """The figure of a pack, or the error that it ended in: an attention that the model does not have, no memory."""
     try:
         return _time_pack(setup, choice, arms)
-    except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, ImportError, RuntimeError, MemoryError) as error:
         failed = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     tried = {"precision": choice.precision, "attention": choice.attention, "pack_size": choice.pack_size}
     return {**tried, "failed": failed}

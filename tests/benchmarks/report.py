@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> None:
 def write_report(figures: Path, out: Path) -> Path:
     """The page about the raw figures in a folder. Returns its path."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION, _steps(figures, out), _search(figures), _gpu(figures)]
+    parts = [INTRODUCTION, _steps(figures, out), _search(figures, out), _gpu(figures)]
     for name in (STEPS, SEARCH, GPU):
         if figures != out and (figures / name).exists():
             shutil.copy(figures / name, out / name)
@@ -69,13 +69,17 @@ def _steps(figures: Path, out: Path) -> str:
         "### The crossover\n\n![Speed-up of our packs over PEFT's loop against the tokens of a pack](crossover.png)\n\n"
         "As numbers: [crossover.csv](crossover.csv).\n\n" + source(results.provenance)
     )
-    return f"## A trial and step\n\n{summary}\n\n{steps_markdown(results)}\n{picture}\n"
+    text = steps_markdown(results)
+    (out / "steps.md").write_text(text)
+    return f"## A trial and step\n\n{summary}\n\n{text}\n{picture}\n"
 
 
-def _search(figures: Path) -> str:
+def _search(figures: Path, out: Path) -> str:
     if not (figures / SEARCH).exists():
-        return _not_run("## The whole search", SEARCH)
-    return "## A search\n\n" + search_markdown(json.loads((figures / SEARCH).read_text()))
+        return _not_run("## A search", SEARCH)
+    text = search_markdown(json.loads((figures / SEARCH).read_text()))
+    (out / "search.md").write_text(text)
+    return "## A search\n\n" + text
 
 
 def _gpu(figures: Path) -> str:

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Variant:
     setting: str  # precision, attention, pack size
     trials: tuple[Found, ...]
     decision: dict[str, tuple[str, float]]  # by rank: the arm and the learning rate that go to the confirm phase
+    pack_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,16 @@ def main(words: Sequence[str]) -> None:
     given = parse(words)
     if given.variant:
         study = read_study(given.study, given.set).study
-        run: Callable[[Study], Variant] = {"incumbent": incumbent, "unpruned": unpruned, "pruned": pruned}[
-            given.variant
-        ]
-        print(json.dumps(asdict(run(study))))
+        ours = {"unpruned": unpruned, "pruned": pruned}
+        run = ours.get(given.variant)
+        print(json.dumps(asdict(run(study, given.pack_size) if run else incumbent(study))))
         return
-    variants = []
+    variants, pack_size = [], None
     for repetition in range(given.repeats):
         for variant in VARIANTS:
-            found = in_fresh_process(variant, given)
+            found = in_fresh_process(variant, given, pack_size)
             variants.append(Variant(**{**found, "repetition": repetition}))
+            pack_size = pack_size or variants[-1].pack_size
             print(f"{variants[-1].name} #{repetition}: {variants[-1].seconds:.1f} s", file=sys.stderr)
     epsilon = read_study(given.study, given.set).study.confirm.epsilon
     command = f"python -m tests.benchmarks.search {' '.join(words)}".strip()
@@ -96,26 +97,32 @@ def main(words: Sequence[str]) -> None:
     print(text)
 
 
-def in_fresh_process(variant: str, given: argparse.Namespace) -> dict[str, Any]:
+def in_fresh_process(variant: str, given: argparse.Namespace, pack_size: int | None) -> dict[str, Any]:
     overrides = [word for entry in given.set for word in ("--set", entry)]
     command = [sys.executable, "-m", __spec__.name, "--variant", variant, "--study", str(given.study), *overrides]
+    if pack_size:
+        command += ["--pack-size", str(pack_size)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def unpruned(study: Study) -> Variant:
+def unpruned(study: Study, pack_size: int | None) -> Variant:
     """Nothing is judged on the way, and so there is one rung."""
     rungs = study.search.model_copy(update={"keep": 1.0, "rungs": [study.train.steps]})
-    return packed(study.model_copy(update={"search": rungs}), UNPRUNED)
+    return packed(study.model_copy(update={"search": rungs}), UNPRUNED, pack_size)
 
 
-def pruned(study: Study) -> Variant:
-    return packed(study, PRUNED)
+def pruned(study: Study, pack_size: int | None) -> Variant:
+    return packed(study, PRUNED, pack_size)
 
 
-def packed(study: Study, name: str) -> Variant:
-    """The search phase of `sweep run` in a new home."""
+def packed(study: Study, name: str, pack_size: int | None) -> Variant:
+    """The search phase of `sweep run` in a new home.
+
+    pack_size: what the first of our runs found, for all of them, so that pruning alone is all that they differ in;
+    each takes the time to calibrate nonetheless.
+    """
     import sweep.training.prepare  # noqa: F401 - the clock starts after the imports
 
     spent: list[float] = []
@@ -124,7 +131,7 @@ def packed(study: Study, name: str) -> Variant:
         began = time.perf_counter()
         found = prepare(setup, arms)
         spent.append(time.perf_counter() - began)
-        return found
+        return replace(found, pack_size=pack_size or found.pack_size)
 
     with tempfile.TemporaryDirectory() as root:
         home = Home(Path(root))
@@ -145,7 +152,7 @@ def packed(study: Study, name: str) -> Variant:
     )
     group_of = {arm.name: group for group, arms in finalist_groups(study).items() for arm in arms}
     decision = {group_of[arm]: (arm, rate) for arm, rate in record.finalists}
-    return Variant(name, 0, seconds, sum(spent), setting, found, decision)
+    return Variant(name, 0, seconds, sum(spent), setting, found, decision, prepared.pack_size)
 
 
 def train_rung_of_search(unit: Unit) -> tuple[Measurement, ...]:
@@ -184,6 +191,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--variant", choices=VARIANTS, help="run this one alone, here, and print it as JSON")
+    parser.add_argument("--pack-size", type=int, help="of our variants; default: what the first of them finds")
     parser.add_argument("--out", type=Path, default=Path("reports/benchmarks"))
     given = parser.parse_args(words)
     if read_study(given.study, given.set).study.search.sampler != "grid":

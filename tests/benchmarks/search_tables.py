@@ -42,7 +42,14 @@ def search_markdown(results: Mapping[str, Any]) -> str:
         f"The search phase of `{results['study']}`: wall seconds, reading data and loading models included.",
         "",
         *table(
-            ["variant", "seconds (median of the runs)", "every run", "of them before the first trial", "trial-steps", "setting"],
+            [
+                "variant",
+                "seconds (median of the runs)",
+                "every run",
+                "of them before the first trial",
+                "trial-steps",
+                "setting",
+            ],
             rows,
         ),
         "",

@@ -1,11 +1,11 @@
 """Time of a trial and step: our packs beside everything else, interleaved in one process.
 
     python -m tests.benchmarks.steps [--shapes minilm-8x32 …] [--modules q,v all-linear] [--packs 1 4 12]
-                                     [--repeats 3] [--steps 2] [--memory GIB] [--all] [--out DIR]
+                                     [--repeats N] [--steps N] [--memory GIB] [--all] [--out DIR]
 
 Writes DIR/steps.json (every repetition) and DIR/steps.md (the tables). Without a choice of cells it takes those that
 fit into about three quarters of an hour on two quiet cores, and writes down which it left out; `--all` leaves out none.
-A language model's steps take seconds: it gets one step in each of at most two repetitions.
+A language model's steps take seconds: unless told otherwise it gets one of them in each of two repetitions.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ Cells = dict[tuple[str, str], tuple[int, ...]]
 @dataclass(frozen=True)
 class Options:
     cells: Cells
-    repeats: int
-    steps: int
+    repeats: int | None  # None: as many as suit the shape
+    steps: int | None
     memory: int  # bytes
     out: Path
 
@@ -81,7 +81,7 @@ def main(words: Sequence[str]) -> Results:
     with memory_held(options.memory), tempfile.TemporaryDirectory() as cache:
         for (name, modules), packs in options.cells.items():
             long = SHAPES[name].task == "causal-lm"
-            steps, repeats = (1, min(2, options.repeats)) if long else (options.steps, options.repeats)
+            steps, repeats = options.steps or (1 if long else 2), options.repeats or (2 if long else 3)
             setup = setup_for(SHAPES[name], WARMUP + steps, Path(cache))
             data = read_data(setup)
             bench = Bench(
@@ -173,8 +173,8 @@ def parse(words: Sequence[str]) -> Options:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--modules", nargs="+", choices=[QV, ALL_LINEAR])
     parser.add_argument("--packs", nargs="+", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of a repetition")
+    parser.add_argument("--repeats", type=int, help="default: 3, of language models 2")
+    parser.add_argument("--steps", type=int, help="measured in each repetition; default: 2, of language models 1")
     parser.add_argument("--memory", type=float, help="GiB that a contender may take; default: 0.8 of what is free")
     parser.add_argument("--all", action="store_true", help="every cell")
     parser.add_argument("--out", type=Path, default=Path("reports/benchmarks"))

@@ -28,7 +28,7 @@ def steps_markdown(results: Results) -> str:
     if not found:
         return "\n".join(["No cell was measured.", "", *_missing(results)]) + "\n"
     sections = [
-        ("Time of a trial and step", _times(found)),
+        ("Time of a trial and step", _times(results, found)),
         ("Ratios", _ratios(found)),
         ("Where we lose", losses(found)),
         ("Goals", _goals(results, found)),
@@ -88,7 +88,7 @@ def _entry(cell: Cell, contender: str) -> str:
     return milliseconds(cell.seconds.get(contender))
 
 
-def _times(found: Sequence[Cell]) -> list[str]:
+def _times(results: Results, found: Sequence[Cell]) -> list[str]:
     rows = [
         [_name(cell), f"{cell.tokens:.0f} ({cell.padded_tokens:.0f})", *(_entry(cell, c) for c in CONTENDERS)]
         for cell in found
@@ -97,9 +97,19 @@ def _times(found: Sequence[Cell]) -> list[str]:
         "Milliseconds, collation included: medians over repetitions, means over steps and the ranks 2, 4, 8, 64. "
         "What goes trial by trial does not depend on K and is repeated in each row. "
         "Tokens are those of one trial and step, in brackets with padding. All trials of a pack share their rows, "
-        "as in the search phase. The models' own dropout is off for everybody."
+        "as in the search phase. The models' own dropout is off for everybody. "
+        f"Repetitions and, in each, steps: {_effort(results)}."
     )
     return [text, "", *table(["shape, modules, pack", "tokens", *CONTENDERS], rows)]
+
+
+def _effort(results: Results) -> str:
+    """How often each shape was measured."""
+    parts = []
+    for shape in dict.fromkeys(run.shape for run in results.runs):
+        runs = [run for run in results.runs if run.shape == shape]
+        parts.append(f"{len({run.repetition for run in runs})} × {len(runs[0].seconds)} ({shape})")
+    return ", ".join(parts)
 
 
 def _ratios(found: Sequence[Cell]) -> list[str]:
