@@ -31,7 +31,7 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if len(_came) == 1:
+        if _came:  # also after a second one, which may have been swallowed
             signal.raise_signal(_came[0])
 
 

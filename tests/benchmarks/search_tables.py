@@ -27,7 +27,7 @@ def search_markdown(results: Mapping[str, Any]) -> str:
             ", ".join(f"{s:.1f}" for s in seconds[name]),
             _before(first[name]),
             str(_steps(first[name])),
-            first[name]["setting"],
+            " / ".join(dict.fromkeys(v["setting"] for v in variants if v["name"] == name)),
         ]
         for name in names
     ]
@@ -39,7 +39,8 @@ def search_markdown(results: Mapping[str, Any]) -> str:
         f"- All together: {together:.2f}× of the goal of {GOAL:g}×: {met}.",
     ]
     lines = [
-        f"The search phase of `{results['study']}`: wall seconds, reading data and loading models included.",
+        f"The search phase of `{results['study']}`: wall seconds, reading data and loading models included. "
+        "Decisions and losses are those of each variant's first run.",
         "",
         *table(
             [
