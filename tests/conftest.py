@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from peft_reference import MINILM, SMOLLM, STEPS, prepared_for
 
 from sweep.study.records import DataSettings, Prepared, Setup, TrainSettings
+
+# A shell that starts the tests in the background ignores Ctrl-C for them, and for the commands that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,11 @@ _came: list[int] = []  # signals that wait for the end of the outermost block
 def uninterrupted() -> Iterator[None]:
     """A signal waits for the end of the block (or of the function it decorates); a second one does not wait."""
     in_main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is _note:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if not in_main_thread or _note in handlers.values():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     _came.clear()
     try:
         for number in before:
