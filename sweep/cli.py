@@ -188,7 +188,7 @@ def doctor(home: HomeOption = None) -> None:
 
 
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
-    from sweep import console, publishing
+    from sweep import analyses, console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
     from sweep.execution.executor import InlineExecutor
     from sweep.tracking.journal import read_study_record
@@ -207,6 +207,7 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
             )
         if was_complete:
             _say(f"study {study.name} is complete: nothing to do")
+        analyses.analyse(study, folder, home.cache, _say)
         places = publishing.publish(study, folder, projector, home.cache)
     except Busy as error:
         raise Refused(str(error), code=FAILED) from None

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
 from sweep.report.results import Findings
 from sweep.report.search_figures import loss_by_rate, rank_by_ratio
+from sweep.report.sections import Section
 from sweep.report.statistics import find
 from sweep.report.tables import chance_line, confirmed_table, measured, search_table, write_trials
 from sweep.report.words import rate, without_paths
@@ -37,8 +38,10 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
         draw(memory, folder, study, record),
         draw(pareto, folder, study, findings),
     ]
-    view = _view(study, record, findings, [d for d in drawn if d is not None])
-    images = {d.name: _data_uri(folder / f"{d.name}.png") for d in drawn if d is not None}
+    sections = analysis_sections(study, record, folder)
+    view = {**_view(study, record, findings, [d for d in drawn if d is not None]), "sections": sections}
+    shown = [d for d in drawn if d is not None] + [d for section in sections for d in section.figures]
+    images = {d.name: _data_uri(folder / f"{d.name}.png") for d in shown}
     templates = _templates()
     html = templates.get_template("report.html").render(**view, images=images)
     markdown = templates.get_template("report.md").render(**view)
@@ -46,6 +49,11 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
     (to / "report.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
     write_trials(record, to / "trials.csv")
     return findings
+
+
+def analysis_sections(study: Study, record: StudyRecord, figures: Path) -> list[Section]:
+    """What analyses found about this study, one section each; their figures are drawn into the folder `figures`."""
+    return []
 
 
 def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[Drawn]) -> dict[str, Any]:

@@ -56,6 +56,9 @@ class StudyFolder:
     def trial(self, number: int) -> Path:
         return self.trials / str(number)
 
+    def analysis(self, name: str) -> Path:
+        return self.path / "analyses" / f"{name}.json"
+
 
 def find_home(option: Path | None) -> Home:
     """`--home`, else `$SWEEP_HOME`, else `./.sweep`."""
