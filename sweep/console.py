@@ -134,7 +134,7 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
 
     arms = study.list_arms()
     rates = {arm.name: rate_values(study.rates(arm)) for arm in arms}
-    finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.r for arm in arms})
+    finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.group for arm in arms})
     searches = sum(len(values) for values in rates.values())
     confirms = finalists * len(study.confirm.seeds)
     lines = [

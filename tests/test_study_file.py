@@ -63,6 +63,25 @@ def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
     assert rate_values(study.tune.learning_rate) == [1e-4, 1e-3, 1e-2]
 
 
+def test_patterns_are_arms_and_are_named_where_the_study_varies_them(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(GOOD)
+    one = ["arms.rank=[8]", "arms.alpha_ratio=[1]", "arms.full_finetuning=false", "arms.alpha_pattern={key: 3}"]
+    names = [arm.name for arm in read_study(path, [*one, "arms.rank_pattern={query: 4}"]).study.list_arms()]
+    assert names == ["r8-ratio1"]
+    several = [*one, "arms.rank_pattern=[{}, {query: 4, key: 2}]", "arms.method=[lora, rslora]"]
+    plain, _, patterned, _ = arms = read_study(path, several).study.list_arms()
+    assert [arm.name for arm in arms] == [
+        "r8-ratio1-lora",
+        "r8-ratio1-rslora",
+        "r8-ratio1-lora-query=4+key=2",
+        "r8-ratio1-rslora-query=4+key=2",
+    ]
+    assert (plain.rank_pattern, patterned.rank_pattern) == ((), (("query", 4), ("key", 2)))
+    assert plain.alpha_pattern == patterned.alpha_pattern == (("key", 3.0),)
+    assert plain.cost_key != patterned.cost_key and plain.group != patterned.group
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
@@ -76,6 +95,18 @@ def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
         ("rank: [2, 8]", "rank: [2, 8, 8]", "7: arms.rank: holds a value twice"),
         ("rank: [2, 8]", "rank: [2, 8]\n  method: [lora, lora]", "8: arms.method: holds a value twice"),
         ("  batch_size: 16", "  batch_size: 16\n  betas: [0.9]", "17: train.betas: must be two numbers"),
+        (
+            "rank: [2, 8]",
+            "rank: [2, 8]\n  rank_pattern: [{}, {q: 4}, {}]",
+            "8: arms.rank_pattern: holds a pattern twice",
+        ),
+        (
+            "rank: [2, 8]",
+            "rank: [2, 8]\n  rank_pattern: {q: 0}",
+            "8: arms.rank_pattern.q: input should be greater than",
+        ),
+        ("rank: [2, 8]", "rank: [2, 8]\n  alpha_pattern: {'q(': 1}", "8: arms.alpha_pattern.q(: 'q(' is no regular"),
+        ("rank: [2, 8]", "rank: [2, 8]\n  rank_pattern: 4", "8: arms.rank_pattern: must be a mapping of module names"),
         ("rank: [2, 8]", "rank: [0, 8]", "7: arms.rank.0: input should be greater than or equal to 1, not 0"),
         ("name: small", "name: Small one", "1: name: 'Small one': use lower-case letters, digits and dashes only"),
         ("[[query, value]]", "[query]", "9: arms.target_modules.0: each entry is a list of module-name endings"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from sweep.study.arms import pattern_text
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.locate import PACKAGE, locate_model
@@ -18,6 +19,10 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None)
     labelled = f"; labels, in order: {', '.join(prepared.labels)}" if classify else ""
     what = "full fine-tuning" if arm.is_full else f"{arm.method}, rank {arm.r}, alpha {arm.lora_alpha:g}"
+    if arm.rank_pattern:
+        what += f", rank_pattern {pattern_text(arm.rank_pattern)}"
+    if arm.alpha_pattern:
+        what += f", alpha_pattern {pattern_text(arm.alpha_pattern)}"
     if arm.method == "pissa" and not merge:
         what += f", exported as LoRA of rank {2 * arm.r} over the whole base"
     if not arm.is_full:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from sweep import __version__
 from sweep.adapters.card import model_card
 from sweep.adapters.merge import as_plain_lora, merged_weight
-from sweep.lora.adapter import Adapter, adaptable_modules, install, remove
+from sweep.lora.adapter import adaptable_modules, install, remove
 from sweep.lora.methods import is_conv1d
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
-from sweep.training.base import HEAD_NAMES, Base, load_base, target_layers
+from sweep.training.base import HEAD_NAMES, Base, adapter_of, load_base, target_layers
 from sweep.training.batches import Batch, collate
 from sweep.training.checkpoint import WEIGHTS, load_weights
 from sweep.training.data import TokenisedData, load_data
@@ -119,8 +119,7 @@ def _logits_with(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch)
         logits = _logits(base.model, batch)
         _copy_in(base.model, before)
         return logits
-    modules = tuple(target_layers(base.model, base.head, arm.target_modules))
-    pack = install(base.model, [Adapter(arm.r, arm.scaling, modules, weights, method=arm.method)], base.head)
+    pack = install(base.model, [adapter_of(base, arm, weights)], base.head)
     try:
         return _logits(base.model, batch)
     finally:
@@ -137,10 +136,11 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
         factor, plain = 2, [as_plain_lora(name, weights) for name in targets]
         weights = {name: t for name, t in weights.items() if ".initial_" not in name}
         weights = {**weights, **{name: tensor for layer in plain for name, tensor in layer.items()}}
-    alpha = factor * arm.lora_alpha
     config = LoraConfig(
         r=factor * arm.r,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=_whole(factor * arm.lora_alpha),
+        rank_pattern={key: factor * r for key, r in arm.rank_pattern},
+        alpha_pattern={key: _whole(factor * alpha) for key, alpha in arm.alpha_pattern},
         target_modules=_endings(base, arm),
         task_type=TaskType.SEQ_CLS if base.head else TaskType.CAUSAL_LM,
         base_model_name_or_path=study.model,
@@ -154,6 +154,11 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
     config.save_pretrained(str(to))
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in weights.items()}
     save_file(named, to / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _whole(alpha: float) -> float:
+    """An integer where it is one: PEFT's own type."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:

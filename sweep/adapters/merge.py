@@ -21,18 +21,19 @@ def merged_weight(name: str, layer: nn.Module, arm: Arm, state: State) -> Tensor
     weight = layer.get_parameter("weight").detach()
     W0 = weight.float().cpu()
     A, B = (state[f"{name}.{tensor}"].float() for tensor in tensor_names(layer))
+    scaling = arm.scaling_at(name)
     if isinstance(layer, nn.Embedding):
-        merged = W0 + arm.scaling * (B @ A).T
+        merged = W0 + scaling * (B @ A).T
     elif isinstance(layer, nn.Conv2d):
-        merged = W0 + arm.scaling * torch.einsum("or,rchw->ochw", B.flatten(1), A)
+        merged = W0 + scaling * torch.einsum("or,rchw->ochw", B.flatten(1), A)
     else:
         W_OI = W0.T if is_conv1d(layer) else W0
-        update_OI = arm.scaling * (B @ A)
+        update_OI = scaling * (B @ A)
         if arm.method == "pissa":
-            update_OI -= arm.scaling * (state[f"{name}.initial_B.weight"] @ state[f"{name}.initial_A.weight"])
+            update_OI -= scaling * (state[f"{name}.initial_B.weight"] @ state[f"{name}.initial_A.weight"])
         W_OI = W_OI + update_OI
         if arm.method == "dora":
-            norm_1O = row_norms(W0.T if is_conv1d(layer) else W0, A[None], B[None], torch.full((1, 1, 1), arm.scaling))
+            norm_1O = row_norms(W0.T if is_conv1d(layer) else W0, A[None], B[None], torch.full((1, 1, 1), scaling))
             W_OI = (state[f"{name}.lora_magnitude_vector"] / norm_1O[0])[:, None] * W_OI
         merged = W_OI.T if is_conv1d(layer) else W_OI
     return merged.to(weight)

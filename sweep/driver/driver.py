@@ -189,8 +189,9 @@ def _judge(session: Session, group: Group) -> list[Ready]:
         session.tally.steps_left += group_steps(group) - before
     for index, rung in verdict.pruned:
         slot = group.slots[index]
-        whom = "full fine-tuning" if slot.arm.is_full else f"rank {slot.arm.r}"
-        end(session, slot.name, PRUNED, f"pruned at rung {rung}: others of {whom} had a lower validation loss")
+        end(
+            session, slot.name, PRUNED, f"pruned at rung {rung}: others of {slot.arm.group} had a lower validation loss"
+        )
     start = max((rung for rung in group.rungs if rung < verdict.rung), default=0)
     return [Ready(group.slots[index], start, verdict.rung) for index in verdict.go_on]
 

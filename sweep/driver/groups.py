@@ -25,10 +25,10 @@ class Group:
 
 
 def form_groups(slots: Iterable[Slot], rungs: tuple[int, ...], keep: float) -> list[Group]:
-    """Slots by rank, full fine-tuning (rank 0) a group of its own; without pruning nobody waits for anybody."""
-    members: dict[int, dict[int, Slot]] = {}
+    """Slots by their arm's group, its rank above all; without pruning nobody waits for anybody."""
+    members: dict[int | str, dict[int, Slot]] = {}
     for slot in slots:
-        members.setdefault(slot.index if keep == 1.0 else slot.arm.r, {})[slot.index] = slot
+        members.setdefault(slot.index if keep == 1.0 else slot.arm.group, {})[slot.index] = slot
     return [Group(found, rungs, keep) for found in members.values()]
 
 

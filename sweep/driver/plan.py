@@ -69,7 +69,7 @@ def finalist_groups(study: Study) -> dict[str, list[Arm]]:
         if study.confirm.finalists == "arm":
             groups[f"arm {arm.name}"] = [arm]
         else:
-            groups.setdefault("full fine-tuning" if arm.is_full else f"rank {arm.r}", []).append(arm)
+            groups.setdefault(arm.group, []).append(arm)
     return groups
 
 

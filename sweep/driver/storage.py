@@ -20,7 +20,7 @@ from sweep.driver.interrupts import uninterrupted
 from sweep.driver.plan import rate_bounds
 from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.sampling import RATE
-from sweep.study.arms import FULL, Arm
+from sweep.study.arms import FULL, Arm, pattern_text
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED
 from sweep.study.schema import Study
 
@@ -162,6 +162,8 @@ def _params(arm: Arm, rate: float) -> dict[str, int | float | str]:
         RATE: rate,
         "method": arm.method,
         "target_modules": _modules(arm),
+        "rank_pattern": pattern_text(arm.rank_pattern),
+        "alpha_pattern": pattern_text(arm.alpha_pattern),
     }
 
 
@@ -170,7 +172,7 @@ def _modules(arm: Arm) -> str:
 
 
 def _distributions(study: Study) -> dict[str, BaseDistribution]:
-    """What Optuna and its dashboard take for the search space: `method` and `target_modules` where they vary."""
+    """What Optuna and its dashboard take for the search space: methods, modules and patterns where they vary."""
     arms = study.list_arms()
     ranks, ratios = [arm.r for arm in arms], [arm.alpha_ratio for arm in arms]
     low, high = rate_bounds(study)
@@ -183,6 +185,10 @@ def _distributions(study: Study) -> dict[str, BaseDistribution]:
         space["method"] = CategoricalDistribution(list(dict.fromkeys(arm.method for arm in arms)))
     if len(study.arms.target_modules) > 1:
         space["target_modules"] = CategoricalDistribution(list(dict.fromkeys(_modules(arm) for arm in arms)))
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = list(dict.fromkeys(pattern_text(getattr(arm, name)) for arm in arms if not arm.is_full))
+        if len(patterns) > 1:
+            space[name] = CategoricalDistribution(list(dict.fromkeys(["", *patterns])))
     return space
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,12 +34,20 @@ from sweep.lora.trunk import share_trunk
 class Adapter:
     """One trial's adapter: its rank, its scaling, the modules it adapts, and its tensors."""
 
-    r: int
-    scaling: float
+    r: int  # of the modules that `ranks` does not name
+    scaling: float  # of those that `scalings` does not name
     modules: tuple[str, ...]  # full module names
     state: State
     seed: int = 0  # decides what dropout drops
     method: str = "lora"
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scalings: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_at(self, module: str) -> int:
+        return self.ranks.get(module, self.r)
+
+    def scaling_at(self, module: str) -> float:
+        return self.scalings.get(module, self.scaling)
 
     @property
     def kind(self) -> str:
@@ -97,7 +105,12 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def pack_order(adapters: Sequence[Adapter]) -> list[int]:
     """The order in which trials share buckets: those of one kind and rank on the same modules stand together."""
-    return sorted(range(len(adapters)), key=lambda i: (adapters[i].modules, adapters[i].kind, adapters[i].r, i))
+
+    def place(i: int) -> tuple[object, ...]:
+        adapter = adapters[i]
+        return adapter.modules, adapter.kind, adapter.r, sorted(adapter.ranks.items()), i
+
+    return sorted(range(len(adapters)), key=place)
 
 
 def install(model: nn.Module, adapters: Sequence[Adapter], head: Sequence[str], dropout: float = 0.0) -> Pack:
@@ -145,7 +158,7 @@ def _replace_layers(model: nn.Module, adapters: Sequence[Adapter], head: Sequenc
                 stop,
                 tensors[f"{name}.{A_name}", start],
                 tensors[f"{name}.{B_name}", start],
-                torch.tensor([a.scaling for a in adapters[start:stop]], device=device).view(-1, 1, 1),
+                torch.tensor([a.scaling_at(name) for a in adapters[start:stop]], device=device).view(-1, 1, 1),
                 _initial(adapters[start:stop], name, device),
                 tensors.get((f"{name}.lora_magnitude_vector", start)),
             )
@@ -187,7 +200,7 @@ def _packed_kind(layer: nn.Module) -> type[PackedLayer]:
 
 def _runs_of_one_rank(adapters: Sequence[Adapter], name: str) -> list[tuple[int, int]]:
     """(start, stop) of neighbouring trials that adapt module `name` by one kind of method with one rank."""
-    keys = [(a.kind, a.r) if name in a.modules else None for a in adapters]
+    keys = [(a.kind, a.rank_at(name)) if name in a.modules else None for a in adapters]
     runs = [(key, [i for i, _ in group]) for key, group in itertools.groupby(enumerate(keys), key=lambda pair: pair[1])]
     return [(members[0], members[-1] + 1) for key, members in runs if key is not None]
 

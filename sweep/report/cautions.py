@@ -57,4 +57,4 @@ def cautions(
 def _called(study: Study, result: ArmResult) -> str:
     if result.arm.is_full:
         return "full fine-tuning"
-    return result.arm.name if study.confirm.finalists == "arm" else f"rank {result.arm.r}"
+    return result.arm.name if study.confirm.finalists == "arm" else result.arm.group

@@ -16,6 +16,7 @@ from sweep.report.results import Findings
 from sweep.report.search import SearchRow, search_trials
 from sweep.report.style import SERIES, SOFT, VERMILION, grid_of, hide_empty, loss_axis, new_figure, readable_log
 from sweep.report.words import apart, rate
+from sweep.study.arms import Arm, pattern_text
 from sweep.study.records import COMPLETE, DIVERGED, PRUNED
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -61,14 +62,15 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
     ]
     if not losses:
         return None
-    ranks = sorted({a.r for a in arms}, key=lambda r: (r == 0, r))
+    panels_of: dict[str, list[Arm]] = {}
+    for arm in sorted(arms, key=lambda a: (a.is_full, a.r)):
+        panels_of.setdefault(arm.group, []).append(arm)
     lines = sorted({apart(a, arms) for a in arms if not a.is_full}) or [""]
-    rows, columns = grid_of(len(ranks))
+    rows, columns = grid_of(len(panels_of))
     figure = new_figure(0.85 + 2.05 * rows)
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).ravel())
     edges = {edge.arm for edge in findings.edges}
-    for axes, rank in zip(panels, ranks, strict=False):
-        here = [a for a in arms if a.r == rank]
+    for axes, (title, here) in zip(panels, panels_of.items(), strict=False):
         axes.set_xscale("log")
         tried = [x for row in findings.search if row.arm in here for x in row.rates]
         air = (max(tried) / min(tried)) ** 0.12 if max(tried) > min(tried) else 2.0
@@ -78,8 +80,8 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
             aside = air ** (1.2 * (i - (len(here) - 1) / 2) / len(here))  # equal rates side by side, not on one another
             colour = SOFT if arm.is_full else SERIES[lines.index(apart(arm, arms)) % len(SERIES)]
             _rates(axes, search_trials(record, arm.name), colour, arm.name in edges, max(losses), aside)
-        axes.set_title("full fine-tuning" if rank == 0 else f"rank {rank}")
-    hide_empty(panels, len(ranks), columns)
+        axes.set_title(title)
+    hide_empty(panels, len(panels_of), columns)
     loss_axis(panels[0], losses)
     figure.supxlabel("learning rate (log scale)", fontsize=9.5, color=SOFT)
     figure.supylabel("validation loss", fontsize=9.5, color=SOFT)
@@ -101,7 +103,10 @@ def _groups(rows: Sequence[SearchRow]) -> dict[str, list[SearchRow]]:
     """The arms that differ in rank and ratio only, by what they share."""
     groups: dict[str, list[SearchRow]] = {}
     for row in rows:
-        groups.setdefault(f"{row.arm.method}, {' + '.join(row.arm.target_modules)}", []).append(row)
+        shared = [row.arm.method, " + ".join(row.arm.target_modules)]
+        patterns = (("rank_pattern", row.arm.rank_pattern), ("alpha_pattern", row.arm.alpha_pattern))
+        shared += [f"{name} {pattern_text(pattern)}" for name, pattern in patterns if pattern]
+        groups.setdefault(", ".join(shared), []).append(row)
     return groups
 
 

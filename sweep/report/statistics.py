@@ -12,7 +12,7 @@ from sweep.report.results import ArmResult, Findings
 from sweep.report.search import SearchRow, edge_warnings, find_edges, search_rows
 from sweep.report.sentences import recommendation
 from sweep.report.words import join, plural, without_paths
-from sweep.study.arms import Arm
+from sweep.study.arms import Arm, arms_of_ranks
 from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -115,7 +115,7 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
 def _compare(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRow]) -> list[ArmResult]:
     """Differences to full fine-tuning and to the reference, and the verdicts."""
     full = next((r for r in results if r.arm.is_full), None)
-    chosen = _chosen_of_ranks(results, rows)
+    chosen = _chosen_of_ranks(results, study, rows)
     reference = chosen.get(study.confirm.reference)
     if reference is not None and not reference.seeds:
         reference = None
@@ -175,13 +175,14 @@ def _note(place: str, result: ArmResult) -> str:
     return "; ".join(part for part in (place, barred) if part)
 
 
-def _chosen_of_ranks(results: Sequence[ArmResult], rows: Sequence[SearchRow]) -> dict[int, ArmResult]:
+def _chosen_of_ranks(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRow]) -> dict[int, ArmResult]:
     """The confirmed arm of each rank, chosen by search where there are several: test losses must not choose."""
     scores = {row.arm.name: row.best_loss for row in rows}
+    stand_for_ranks = {arm.name for arm in arms_of_ranks(study.list_arms())}
     chosen: dict[int, ArmResult] = {}
     for result in results:
         rival = chosen.get(result.arm.r)
-        if not result.arm.is_full and (rival is None or _score(scores, result) < _score(scores, rival)):
+        if result.arm.name in stand_for_ranks and (rival is None or _score(scores, result) < _score(scores, rival)):
             chosen[result.arm.r] = result
     return chosen
 
@@ -205,7 +206,7 @@ def _paired_interval(result: ArmResult, other: ArmResult | None) -> Interval | N
 
 def _recommend(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRow]) -> ArmResult | None:
     """Smallest rank of the sequence that is non-inferior, else the reference; None while that has no loss."""
-    chosen = _chosen_of_ranks(results, rows)
+    chosen = _chosen_of_ranks(results, study, rows)
     for r in sorted(chosen):
         if chosen[r].verdict == REFERENCE or (r < study.confirm.reference and chosen[r].verdict == NON_INFERIOR):
             return chosen[r]
@@ -227,7 +228,7 @@ def _planned(study: Study, record: StudyRecord) -> int:
     searches = sum(len(rate_values(study.rates(arm))) for arm in arms)
     finalists = len(record.finalists)
     if not finalists:
-        finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.r for arm in arms})
+        finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.group for arm in arms})
     return searches + finalists * len(study.confirm.seeds)
 
 

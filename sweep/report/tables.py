@@ -23,6 +23,7 @@ from sweep.report.words import (
     span,
     without_paths,
 )
+from sweep.study.arms import pattern_text
 from sweep.study.records import DIVERGED, FAILED
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -38,6 +39,8 @@ TRIAL_COLUMNS = [
     "lora_alpha",
     "scaling",
     "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
     "learning_rate",
     "seed",
     "steps",
@@ -144,6 +147,10 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
         if prepared.tokens_per_step:
             facts.append(("Tokens a step", f"{prepared.tokens_per_step:.0f}, padding not counted"))
     train = study.train
+    shared = study.list_arms()[0]
+    for name, pattern in (("Rank pattern", shared.rank_pattern), ("Alpha pattern", shared.alpha_pattern)):
+        if pattern and not isinstance(getattr(study.arms, name.lower().replace(" ", "_")), list):
+            facts.append((name, f"{pattern_text(pattern)}, in every LoRA arm"))
     plus = f", lora+ with B {train.loraplus_lr_ratio:g} times as fast as A" if "lora+" in study.arms.method else ""
     optimizer = "AdamW" if train.optimizer == "adamw" else f"SGD with momentum {train.betas[0]:g}"
     facts += [
@@ -244,6 +251,8 @@ def _trial(trial: TrialRecord) -> dict[str, object]:
         "lora_alpha": "" if full else spec.arm.lora_alpha,
         "scaling": "" if full else spec.arm.scaling,
         "target_modules": "+".join(spec.arm.target_modules),
+        "rank_pattern": pattern_text(spec.arm.rank_pattern),
+        "alpha_pattern": pattern_text(spec.arm.alpha_pattern),
         "learning_rate": spec.learning_rate,
         "seed": spec.seed,
         "steps": trial.step,

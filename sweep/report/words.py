@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from sweep.study.arms import Arm
+from sweep.study.arms import Arm, pattern_text
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "–"
@@ -115,7 +115,10 @@ def apart(arm: Arm, arms: Sequence[Arm]) -> str:
 
 def cost_title(arm: Arm, arms: Sequence[Arm]) -> str:
     """The arms that cost the same, whatever their alpha."""
-    return "full fine-tuning" if arm.is_full else ", ".join([f"rank {arm.r}", *_varied(arm, arms)])
+    if arm.is_full:
+        return "full fine-tuning"
+    parts = [part for part in _varied(arm, arms) if not part.startswith("alpha_pattern")]
+    return ", ".join([f"rank {arm.r}", *parts])
 
 
 def without_paths(text: str) -> str:
@@ -126,7 +129,13 @@ def without_paths(text: str) -> str:
 def _varied(arm: Arm, arms: Sequence[Arm]) -> list[str]:
     lora = [a for a in arms if not a.is_full]
     parts = [arm.method] if arm.method != "lora" or len({a.method for a in lora}) > 1 else []
-    return [*parts, "+".join(arm.target_modules)] if len({a.target_modules for a in lora}) > 1 else parts
+    if len({a.target_modules for a in lora}) > 1:
+        parts.append("+".join(arm.target_modules))
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(arm, name)
+        if pattern and len({getattr(a, name) for a in lora}) > 1:
+            parts.append(f"{name} {pattern_text(pattern)}")
+    return parts
 
 
 def _three(value: float) -> str:

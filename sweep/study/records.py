@@ -146,7 +146,9 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 def arm_from_json(value: dict[str, Any]) -> Arm:
-    return Arm(**{**value, "target_modules": tuple(value["target_modules"])})
+    """An arm of a journal, of one written before arms had patterns too."""
+    patterns = {name: tuple((key, at) for key, at in value.get(name, ())) for name in ("rank_pattern", "alpha_pattern")}
+    return Arm(**{**value, **patterns, "target_modules": tuple(value["target_modules"])})
 
 
 def trial_from_json(value: dict[str, Any]) -> TrialSpec:

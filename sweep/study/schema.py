@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -15,6 +16,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Task = Literal["sequence-classification", "causal-lm"]
+Number = TypeVar("Number", int, float)
 
 
 class Strict(BaseModel):
@@ -66,6 +68,29 @@ Modules = Annotated[
 ]
 
 
+def _is_regex(key: str) -> str:
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise ValueError(
+            f"{key!r} is no regular expression ({error}); write dots of module names as they are"
+        ) from None
+    return key
+
+
+ModuleKey = Annotated[str, Field(min_length=1), AfterValidator(_is_regex)]
+RankPatterns = Annotated[
+    Annotated[dict[ModuleKey, Count], Tag("mapping")]
+    | Annotated[list[dict[ModuleKey, Count]], Field(min_length=1), Tag("list")],
+    _one_of("must be a mapping of module names to ranks, or a list of such mappings, {} for one rank throughout"),
+]
+AlphaPatterns = Annotated[
+    Annotated[dict[ModuleKey, Positive], Tag("mapping")]
+    | Annotated[list[dict[ModuleKey, Positive]], Field(min_length=1), Tag("list")],
+    _one_of("must be a mapping of module names to lora_alpha, or a list of such mappings, {} for one throughout"),
+]
+
+
 class Data(Strict):
     source: str = Field(min_length=1)
     text: str = "text"
@@ -96,6 +121,8 @@ class Arms(Strict):
     alpha_ratio: Annotated[list[Positive], Field(min_length=1)]
     method: Annotated[list[Literal["lora", "rslora", "lora+", "dora", "pissa"]], Field(min_length=1)] = ["lora"]
     target_modules: Annotated[list[Modules], Field(min_length=1)] = ["all-linear"]
+    rank_pattern: RankPatterns = {}  # as in PEFT: module name, ending or regular expression -> rank
+    alpha_pattern: AlphaPatterns = {}  # … -> lora_alpha
     full_finetuning: bool = True
 
     def repeats(self) -> Iterator[tuple[str, str]]:
@@ -105,6 +132,16 @@ class Arms(Strict):
                 yield name, "holds a value twice: each combination is one arm"
         if _has_repeats([frozenset([ALL_LINEAR] if x == ALL_LINEAR else x) for x in self.target_modules]):
             yield "target_modules", "names the same modules twice (in any order they are the same arms)"
+        for name, patterns in (
+            ("rank_pattern", _patterns(self.rank_pattern)),
+            ("alpha_pattern", _patterns(self.alpha_pattern)),
+        ):
+            if _has_repeats(patterns):
+                yield name, "holds a pattern twice: each combination is one arm"
+
+
+def _patterns(given: dict[str, Number] | list[dict[str, Number]]) -> list[tuple[tuple[str, Number], ...]]:
+    return [tuple(one.items()) for one in (given if isinstance(given, list) else [given])]
 
 
 class Range(Strict):
@@ -216,7 +253,8 @@ class Study(Strict):
 
     def list_arms(self) -> tuple[Arm, ...]:
         modules = [(ALL_LINEAR,) if entry == ALL_LINEAR else tuple(entry) for entry in self.arms.target_modules]
-        arms = lora_arms(self.arms.rank, self.arms.alpha_ratio, list(self.arms.method), modules)
+        ranks, alphas = _patterns(self.arms.rank_pattern), _patterns(self.arms.alpha_pattern)
+        arms = lora_arms(self.arms.rank, self.arms.alpha_ratio, list(self.arms.method), modules, ranks, alphas)
         return (*arms, full_arm()) if self.arms.full_finetuning else arms
 
     def rates(self, arm: Arm) -> Range | list[float]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sweep.lora.adapter import adaptable_modules, linear_modules
-from sweep.lora.methods import frozen_numbers, is_conv1d, matrix_shape, refusal, trained_numbers
+from sweep.lora.adapter import Adapter, adaptable_modules, linear_modules
+from sweep.lora.methods import State, frozen_numbers, is_conv1d, matrix_shape, refusal, trained_numbers
 from sweep.lora.readout import reads_first_position
-from sweep.study.arms import ALL_LINEAR, Arm
+from sweep.study.arms import ALL_LINEAR, Arm, pattern_key
 from sweep.study.errors import FieldError
 from sweep.training.locate import ModelPlace, first_line, quiet
 from sweep.training.tasks import CLASSIFICATION
@@ -112,21 +112,34 @@ def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple
 
 
 def check_arm(base: Base, arm: Arm) -> int:
-    """The arm's trainable parameters, its head included. Raises FieldError for ranks and modules that don't fit."""
+    """The arm's trainable parameters, its head included.
+
+    Raises FieldError for ranks, modules and patterns that don't fit.
+    """
     layers = linear_modules(base.model)
     head = sum(p.numel() for name in base.head for p in layers[name].parameters())
     if arm.is_full:
         return sum(p.numel() for p in base.model.parameters())
     targets = target_layers(base.model, base.head, arm.target_modules)
+    _refuse_idle_keys(arm, list(targets))
     for name, layer in targets.items():
-        shape = matrix_shape(layer)
-        if arm.r > min(shape):
+        shape, r = matrix_shape(layer), arm.rank_at(name)
+        if r > min(shape):
+            field = "arms.rank" if pattern_key(arm.rank_pattern, name) is None else "arms.rank_pattern"
             sides = f"{shape[0]}×{shape[1]}"
-            raise FieldError(("arms.rank", f"rank {arm.r} is larger than layer {name} ({sides}); at most {min(shape)}"))
+            raise FieldError((field, f"rank {r} is larger than layer {name} ({sides}); at most {min(shape)}"))
         reason = refusal(layer, arm.method)
         if reason is not None:
             raise FieldError(("arms.method", f"{name}: {reason}"))
-    return head + sum(trained_numbers(layer, arm.r, arm.method) for layer in targets.values())
+    return head + sum(trained_numbers(layer, arm.rank_at(name), arm.method) for name, layer in targets.items())
+
+
+def adapter_of(base: Base, arm: Arm, state: State, seed: int = 0) -> Adapter:
+    """The arm's adapter with these tensors, as `install` takes it."""
+    modules = tuple(target_layers(base.model, base.head, arm.target_modules))
+    ranks = {name: arm.rank_at(name) for name in modules} if arm.rank_pattern else {}
+    scalings = {name: arm.scaling_at(name) for name in modules} if arm.rank_pattern or arm.alpha_pattern else {}
+    return Adapter(arm.r, arm.scaling, modules, state, seed, arm.method, ranks, scalings)
 
 
 def frozen_bytes(base: Base, arm: Arm) -> int:
@@ -134,7 +147,7 @@ def frozen_bytes(base: Base, arm: Arm) -> int:
     if arm.is_full:
         return 0
     targets = target_layers(base.model, base.head, arm.target_modules)
-    return 4 * sum(frozen_numbers(layer, arm.r, arm.method) for layer in targets.values())
+    return 4 * sum(frozen_numbers(layer, arm.rank_at(name), arm.method) for name, layer in targets.items())
 
 
 @torch.no_grad()
@@ -154,6 +167,19 @@ def has_plain_head(model: Any) -> bool:
         return hidden is not None and torch.allclose(output(hidden), logits, rtol=1e-3, atol=1e-3)
     finally:
         larger.remove()
+
+
+def _refuse_idle_keys(arm: Arm, adapted: list[str]) -> None:
+    """Raise FieldError for a pattern's key that no adapted layer falls under: PEFT would pass over it in silence."""
+    for field, pattern in (("arms.rank_pattern", arm.rank_pattern), ("arms.alpha_pattern", arm.alpha_pattern)):
+        taken = {pattern_key(pattern, name) for name in adapted}
+        for key in (key for key, _ in pattern if key not in taken):
+            fits = any(pattern_key(((key, 0),), name) for name in adapted)
+            endings = sorted({name.split(".")[-1] for name in adapted})
+            near = difflib.get_close_matches(key, [*endings, *adapted], n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            reason = "a key before it takes every layer that it fits" if fits else "fits no adapted layer"
+            raise FieldError((field, f"{key!r}: {reason}; {hint}adapted are {', '.join(endings)}"))
 
 
 def _ends(name: str, ending: str) -> bool:

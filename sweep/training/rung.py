@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sweep.lora.adapter import Adapter, Pack, install, linear_modules, pack_order, remove, trial_state
-from sweep.lora.methods import init_adapter, init_head
+from sweep.lora.methods import State, init_adapter, init_head
 from sweep.lora.optim import PackedOptimizer, Recipe, optimizer_state, start_optimizer
 from sweep.lora.readout import read_first_position
 from sweep.study.arms import Arm
 from sweep.study.records import Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
-from sweep.training.base import Base, load_base, target_layers
+from sweep.training.base import Base, adapter_of, load_base, target_layers
 from sweep.training.batches import Batch, collate, split_batch, step_rows
 from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sweep.training.data import Split, TokenisedData, load_data
@@ -145,17 +145,7 @@ def start_trainee(setup: Setup, prepared: Prepared, trials: list[TrialSpec], sta
         weights, moments = (checkpoints[0].weights, checkpoints[0].optimizer) if start else (None, None)
         return start_full(base, trials[0].seed, recipe(train, trials[0]), train.optimizer, start, weights, moments)
     states = [c.weights for c in checkpoints] if start else [fresh_state(base, trial, train) for trial in trials]
-    adapters = [
-        Adapter(
-            trial.arm.r,
-            trial.arm.scaling,
-            tuple(target_layers(base.model, base.head, trial.arm.target_modules)),
-            state,
-            trial.seed,
-            trial.arm.method,
-        )
-        for trial, state in zip(trials, states, strict=True)
-    ]
+    adapters = [adapter_of(base, t.arm, state, t.seed) for t, state in zip(trials, states, strict=True)]
     pack = install(base.model, adapters, base.head, train.dropout)
     try:
         if base.behind is not None:
@@ -193,12 +183,12 @@ def recipe(train: TrainSettings, trial: TrialSpec) -> Recipe:
 
 def fresh_state(base: Base, trial: TrialSpec, train: TrainSettings) -> dict[str, Tensor]:
     """A trial's tensors at step 0: a function of its seed, its arm and the base."""
-    layers = linear_modules(base.model)
-    targets = target_layers(base.model, base.head, trial.arm.target_modules)
-    return {
-        **init_adapter(targets, trial.arm.method, trial.arm.r, trial.arm.scaling, trial.seed, train.init_lora_weights),
-        **init_head({name: layers[name] for name in base.head}, trial.seed),
-    }
+    arm, layers = trial.arm, linear_modules(base.model)
+    state: State = {}
+    for name, layer in target_layers(base.model, base.head, arm.target_modules).items():
+        r, scaling = arm.rank_at(name), arm.scaling_at(name)
+        state |= init_adapter({name: layer}, arm.method, r, scaling, trial.seed, train.init_lora_weights)
+    return {**state, **init_head({name: layers[name] for name in base.head}, trial.seed)}
 
 
 def train_step(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared, step: int) -> Tensor:
@@ -293,7 +283,8 @@ def _autocast(trainee: Trainee, prepared: Prepared) -> contextlib.AbstractContex
 
 
 def _modules_and_rank(trial: TrialSpec) -> Adapter:
-    return Adapter(trial.arm.r, trial.arm.scaling, trial.arm.target_modules, {}, method=trial.arm.method)
+    arm = trial.arm
+    return Adapter(arm.r, arm.scaling, arm.target_modules, {}, method=arm.method, ranks=dict(arm.rank_pattern))
 
 
 def _named(split: str, scores: dict[str, float]) -> dict[str, float]:
