@@ -14,7 +14,7 @@ from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup
 from sweep.training.base import check_arm, find_device, load_base
 from sweep.training.calibration import FIRST_PACKS, calibrate
-from sweep.training.data import TokenisedData
+from sweep.training.data import SPLITS, TokenisedData
 from sweep.training.locate import model_fingerprint
 from sweep.training.rung import located, tokenised
 
@@ -56,6 +56,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         pack_size=FIRST_PACKS[0],
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions=_versions(),
+        truncation={name: getattr(data, name).truncation for name in SPLITS},
         chance_loss=chance_loss,
         chance_accuracy=chance_accuracy,
     )
