@@ -58,6 +58,7 @@ class Setup:
     train: TrainSettings
     split_seed: int  # decides which rows are training, validation and test
     cache: str  # folder for tokenised data and calibrations
+    quantization: str | None = None  # "4bit" or "8bit": how the frozen base is held
 
 
 @dataclass(frozen=True)
