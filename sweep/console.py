@@ -131,6 +131,7 @@ def clock(seconds: float) -> str:
 def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[list[str], Table]:
     """What a dry run shows: (lines, a table with a row an arm)."""
     from sweep.report import words
+    from sweep.report.truncation import truncation_lines
 
     arms = study.list_arms()
     rates = {arm.name: rate_values(study.rates(arm)) for arm in arms}
@@ -141,6 +142,7 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
         f"{study.model} with {prepared.total_params:,} parameters on {prepared.device}; "
         f"packs of up to {prepared.pack_size} in {prepared.precision} with {prepared.attention} attention; rows: "
         + ", ".join(f"{rows} {part}" for part, rows in prepared.rows.items()),
+        *truncation_lines(prepared, study.task),
         f"{len(arms)} arms, {searches} search trials, at most {confirms} confirm trials "
         f"({finalists} finalists on {len(study.confirm.seeds)} seeds), {study.train.steps} steps each",
         f"rungs {', '.join(map(str, study.rungs))}; at each, {study.search.keep:.0%} of a rank's trials go on",

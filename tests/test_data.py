@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +54,13 @@ def problems(source: Path | str, tmp_path: Path, place: ModelPlace, **changes: A
 
 
 def same(one: TokenisedData, other: TokenisedData) -> bool:
+    splits = [(getattr(one, name), getattr(other, name)) for name in ("train", "validation", "test")]
     arrays = [
-        np.array_equal(a, b) and a.dtype == b.dtype
-        for name in ("train", "validation", "test")
-        for a, b in zip(astuple(getattr(one, name)), astuple(getattr(other, name)), strict=True)
+        np.array_equal(getattr(a, part), getattr(b, part)) and getattr(a, part).dtype == getattr(b, part).dtype
+        for a, b in splits
+        for part in ("input_ids", "offsets", "labels")
     ]
+    arrays += [a.truncation == b.truncation for a, b in splits]
     return all(arrays) and (one.labels, one.fingerprint) == (other.labels, other.fingerprint)
 
 

@@ -22,6 +22,7 @@ from sweep.driver.storage import StorageError, open_ledger, open_storage
 from sweep.driver.takeup import match_trials, refuse_other_inputs, take_up
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
+from sweep.report.truncation import truncation_lines
 from sweep.study.errors import FieldError
 from sweep.study.home import StudyFolder
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, PRUNED, Cost, Prepared, Unit, to_json
@@ -91,7 +92,7 @@ def _prepare(session: Session) -> Prepared:
     arms = session.study.list_arms()
     prepared: Prepared = session.executor.submit(session.work.prepare, session.setup, arms).result()
     append(session.folder.journal, "prepared", prepared=to_json(prepared))
-    for line in calibration_lines(prepared):
+    for line in (*truncation_lines(prepared, session.study.task), *calibration_lines(prepared)):
         session.say(line)
     return prepared
 

@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 from sweep.lora.dora import dora
 from sweep.lora.passes import ForwardPass, UnpackableError, dropout_keep
+from sweep.lora.quantized import Frozen, dense, frozen_matrix, is_quantized
+
+PACKED = (torch.uint8, torch.int8)  # what a quantised weight is stored in
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,14 @@ class PackedLayer(nn.Module):
 
 
 class PackedLinear(PackedLayer):
-    """On nn.Linear, or on GPT-2's Conv1D, which is the same with its weight transposed."""
+    """On nn.Linear, in 4 or 8 bits too, or on GPT-2's Conv1D, which is the same with its weight transposed."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self.base.weight
         bias: Any = self.base.bias
         W_OI = weight if isinstance(self.base, nn.Linear) else weight.T
+        if weight.dtype in PACKED and is_quantized(self.base):
+            W_OI, bias = frozen_matrix(self.base), None if bias is None else bias.to(x.dtype)
         x_Kb = self.by_trial(x)
         keep_Kb = self.keep(x_Kb)
         x_KNI = x_Kb.reshape(self.trials, -1, x.shape[-1])
@@ -106,15 +111,16 @@ class PackedLinear(PackedLayer):
             if bucket is not None and bucket.magnitude_GO is not None:
                 span = slice(bucket.start, bucket.stop)
                 kept = None if keep_KNI is None else keep_KNI[span]
+                W0_OI = dense(W_OI, x.dtype)  # autograd keeps it: at a quantised layer DoRA takes its dense memory
                 parts.append(
-                    dora(x_KNI[span], W_OI, bias, bucket.A, bucket.B, bucket.scaling_G11, bucket.magnitude_GO, kept)
+                    dora(x_KNI[span], W0_OI, bias, bucket.A, bucket.B, bucket.scaling_G11, bucket.magnitude_GO, kept)
                 )
                 done = bucket.stop
         return torch.cat(parts).reshape(*x.shape[:-1], -1)
 
 
 def packed_lora(
-    x_KNI: Tensor, W_OI: Tensor, bias_O: Tensor | None, buckets: Sequence[Bucket], offset: int, keep_KNI: Tensor | None
+    x_KNI: Tensor, W_OI: Frozen, bias_O: Tensor | None, buckets: Sequence[Bucket], offset: int, keep_KNI: Tensor | None
 ) -> Tensor:
     """W₀x + b, and scaling · BAx for every trial that has an adapter here. Returns (K, N, O).
 
@@ -138,28 +144,29 @@ class _PackedLora(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_KNI: Tensor,
-        W_OI: Tensor,
+        W_OI: Frozen,
         bias_O: Tensor | None,
         keep_KNI: Tensor | None,
         spans: list[tuple[int, int, bool]],
         scalings: list[Tensor],
         *factors: Tensor,
     ) -> Tensor:
-        y_KNO = F.linear(x_KNI, W_OI, bias_O)
+        y_KNO = F.linear(x_KNI, dense(W_OI, x_KNI.dtype), bias_O)
         kept = []
         for i, (start, stop, drops) in enumerate(spans):
             A_GrI, B_GOr = (scalings[i] * factors[2 * i]).to(x_KNI.dtype), factors[2 * i + 1].to(x_KNI.dtype)
             h_GNr = torch.bmm(_dropped(x_KNI, keep_KNI if drops else None, start, stop), A_GrI.transpose(1, 2))
             y_KNO[start:stop].baddbmm_(h_GNr, B_GOr.transpose(1, 2))
             kept += [A_GrI, B_GOr, h_GNr]
-        ctx.save_for_backward(x_KNI, W_OI, keep_KNI, *kept)
-        ctx.spans, ctx.scalings = spans, scalings
+        here = W_OI if isinstance(W_OI, Tensor) else None
+        ctx.save_for_backward(x_KNI, here, keep_KNI, *kept)
+        ctx.spans, ctx.scalings, ctx.made = spans, scalings, None if here is not None else W_OI
         return y_KNO
 
     @staticmethod
     def backward(ctx: Any, g_KNO: Tensor) -> tuple[Tensor | None, ...]:
         x_KNI, W_OI, keep_KNI, *kept = ctx.saved_tensors
-        dx_KNI = g_KNO @ W_OI if ctx.needs_input_grad[0] else None
+        dx_KNI = g_KNO @ (W_OI if ctx.made is None else ctx.made(g_KNO.dtype)) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor | None] = []
         for i, (start, stop, drops) in enumerate(ctx.spans):
             A_GrI, B_GOr, h_GNr = kept[3 * i : 3 * i + 3]

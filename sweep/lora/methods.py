@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sweep.lora.quantized import dequantized, is_quantized
+
 State = dict[str, Tensor]
 DORA, PISSA, LORA_PLUS = "dora", "pissa", "lora+"
 KAIMING, GAUSSIAN = "kaiming", "gaussian"
@@ -32,11 +34,15 @@ def is_adaptable(layer: nn.Module) -> bool:
         return layer.groups == 1 and layer.padding_mode == "zeros" and forward is nn.Conv2d.forward
     if isinstance(layer, nn.Embedding):  # embed_scale: a factor that the packed layer knows
         return forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
-    return (isinstance(layer, nn.Linear) and forward is nn.Linear.forward) or is_conv1d(layer)
+    if isinstance(layer, nn.Linear):
+        return forward is nn.Linear.forward or is_quantized(layer)
+    return is_conv1d(layer)
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """(O, I) of the matrix that a layer is."""
+    if is_quantized(layer):  # its weight is of another shape
+        return layer.out_features, layer.in_features  # type: ignore[return-value]
     weight = layer.get_parameter("weight")
     if isinstance(layer, nn.Embedding):
         return weight.shape[1], weight.shape[0]
@@ -143,6 +149,8 @@ def _draw(layer: nn.Module, r: int, generator: torch.Generator, init: str) -> tu
 
 def _matrix(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as (O, I), in float32 on the CPU."""
+    if is_quantized(layer):
+        return dequantized(layer, torch.float32).cpu()
     weight = layer.get_parameter("weight").detach().float().cpu()
     return weight.T if is_conv1d(layer) else weight
 

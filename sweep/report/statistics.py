@@ -11,6 +11,7 @@ from sweep.report.intervals import NON_INFERIOR, REFERENCE, Interval, judge, t_i
 from sweep.report.results import ArmResult, Findings
 from sweep.report.search import SearchRow, edge_warnings, find_edges, search_rows
 from sweep.report.sentences import recommendation
+from sweep.report.truncation import truncation_warnings
 from sweep.report.words import join, plural, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
 from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED
@@ -256,6 +257,8 @@ def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], r
             warnings.append(f"{row.arm.name}: all of its search trials diverged or failed; nothing is known of it.")
     if len(rate_values(study.tune.learning_rate)) == 1:
         warnings.append("The learning rate was not tuned: each arm had one value, which may suit some arms better.")
+    if record.prepared is not None:
+        warnings += truncation_warnings(record.prepared, study.task, study.data.max_length)
     return [*warnings, *(without_paths(w) for w in record.warnings)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweep.report.results import ArmResult, Findings
+from sweep.report.truncation import truncation_lines
 from sweep.report.words import (
     arm_title,
     count,
@@ -137,6 +138,7 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
         rows = ", ".join(f"{n:,} {split}" for split, n in prepared.rows.items())
         facts += [
             ("Rows", f"{rows}; {plural(prepared.duplicates_removed, 'duplicate')} removed across the splits"),
+            *([("Cut short", "; ".join(cut))] if (cut := truncation_lines(prepared, study.task)) else []),
             ("Fingerprints", f"data {prepared.data_fingerprint}, model {prepared.model_fingerprint}"),
             ("Parameters", f"{prepared.total_params:,} in the model"),
             ("Device", f"{prepared.device}, {prepared.precision}, {prepared.attention} attention"),

@@ -93,7 +93,7 @@ def validate(raw: dict[str, Any], line_of: Mapping[FieldPath, int]) -> tuple[Stu
     study, problems = None, []
     try:
         study = Study.model_validate(raw)
-        sections: dict[str, BaseModel] = {name: getattr(study, name) for name in Study.model_fields}
+        sections: dict[str, Any] = {name: getattr(study, name) for name in Study.model_fields}
     except ValidationError as error:
         seen = set()
         for details in error.errors():
@@ -246,8 +246,8 @@ def _line(line_of: Mapping[FieldPath, int], field: Sequence[str | int]) -> int |
     return None
 
 
-def _sections_that_hold(raw: dict[str, Any]) -> dict[str, BaseModel]:
-    held: dict[str, BaseModel] = {}
+def _sections_that_hold(raw: dict[str, Any]) -> dict[str, Any]:
+    held: dict[str, Any] = {"quantization": raw.get("quantization")}
     for name, info in Study.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel) and name in raw:

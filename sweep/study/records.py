@@ -58,6 +58,19 @@ class Setup:
     train: TrainSettings
     split_seed: int  # decides which rows are training, validation and test
     cache: str  # folder for tokenised data and calibrations
+    quantization: str | None = None  # "4bit" or "8bit": how the frozen base is held
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What `data.max_length` took from the rows of one split. Running text goes into chunks and loses nothing."""
+
+    rows: int = 0  # before any was dropped
+    cut: int = 0  # rows that lost something
+    whole: int = 0  # length of all rows: characters of classification's texts, else tokens
+    lost: int = 0  # of that length
+    answers_cut: int = 0  # rows that lost a part of an answer
+    dropped: int = 0  # rows without any target, which would teach nothing
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class Prepared:
     chance_loss: float | None = None  # test loss of always answering by the training labels' frequencies
     chance_accuracy: float | None = None  # None for causal-lm
     versions: dict[str, str] = field(default_factory=dict)
+    truncation: dict[str, Truncation] = field(default_factory=dict)  # by split
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,9 @@ def measurement_from_json(value: dict[str, Any]) -> Measurement:
 
 
 def prepared_from_json(value: dict[str, Any]) -> Prepared:
-    return Prepared(**{**value, "labels": tuple(value["labels"]), "calibration": tuple(value["calibration"])})
+    truncation = {split: Truncation(**taken) for split, taken in value.get("truncation", {}).items()}
+    tuples = {name: tuple(value[name]) for name in ("labels", "calibration")}
+    return Prepared(**{**value, **tuples, "truncation": truncation})
 
 
 def cost_from_json(value: dict[str, Any]) -> Cost:

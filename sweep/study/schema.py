@@ -238,6 +238,7 @@ class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     question: str = ""
     model: str = Field(min_length=1)
+    quantization: Literal["4bit", "8bit"] | None = None  # of the frozen base (QLoRA); CUDA only
     task: Task
     data: Data
     arms: Arms
@@ -271,6 +272,7 @@ class Study(Strict):
             train=TrainSettings(**{**self.train.model_dump(), "betas": tuple(self.train.betas)}),
             split_seed=self.search.seed,
             cache=cache,
+            quantization=self.quantization,
         )
 
 
@@ -278,12 +280,18 @@ def rate_values(rates: Range | list[float]) -> list[float]:
     return rates.points() if isinstance(rates, Range) else list(rates)
 
 
-def cross_checks(sections: Mapping[str, BaseModel]) -> Iterator[tuple[tuple[str, ...], str]]:
+def cross_checks(sections: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """What no single section can see: yields (field path, message), from those sections that are well-formed."""
     arms, tune, train = sections.get("arms"), sections.get("tune"), sections.get("train")
     search, confirm = sections.get("search"), sections.get("confirm")
     if isinstance(arms, Arms):
         yield from ((("arms", field), message) for field, message in arms.repeats())
+        if arms.full_finetuning and sections.get("quantization") is not None:
+            yield (
+                ("arms", "full_finetuning"),
+                "trains every weight, and those of a quantised base cannot be trained: set it to false, "
+                "or leave quantization out",
+            )
     if isinstance(search, Search) and isinstance(train, Train) and search.rungs and search.rungs[-1] != train.steps:
         yield (
             ("search", "rungs"),

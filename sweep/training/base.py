@@ -12,10 +12,12 @@ from torch import nn
 
 from sweep.lora.adapter import Adapter, adaptable_modules, linear_modules
 from sweep.lora.methods import State, frozen_numbers, is_conv1d, matrix_shape, refusal, trained_numbers
+from sweep.lora.quantized import is_quantized, run_dequantized
 from sweep.lora.readout import reads_first_position
 from sweep.study.arms import ALL_LINEAR, Arm, pattern_key
 from sweep.study.errors import FieldError
 from sweep.training.locate import ModelPlace, first_line, quiet
+from sweep.training.quantization import check_quantization, loading_settings
 from sweep.training.tasks import CLASSIFICATION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,18 +38,29 @@ def find_device() -> torch.device:
 
 @lru_cache(maxsize=2)
 def load_base(
-    place: ModelPlace, task: str, labels: tuple[str, ...], pad_token_id: int, precision: str, attention: str
+    place: ModelPlace,
+    task: str,
+    labels: tuple[str, ...],
+    pad_token_id: int,
+    precision: str,
+    attention: str,
+    quantization: str | None = None,
 ) -> Base:
     """The frozen model on this process's device, in evaluation mode: the model's own dropout is off in every arm.
 
     pad_token_id: what batches are padded with; a decoder classifies at the last token that is another.
-    precision: "float32" or "bfloat16", the dtype of the frozen weights. Raises FieldError when it cannot be loaded.
+    precision: "float32" or "bfloat16", the dtype of the frozen weights; of a quantised base, that of its products.
+    quantization: "4bit" or "8bit", or None. Raises FieldError when it cannot be loaded.
     """
     import transformers
 
+    check_quantization(quantization)
     settings: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": attention}
     if place.gguf_file:
         settings["gguf_file"] = place.gguf_file
+    if quantization is not None:
+        spared = HEAD_NAMES if task == CLASSIFICATION else ()
+        settings |= loading_settings(quantization, place, spared, DTYPES[precision])
     if task == CLASSIFICATION:
         auto: Any = transformers.AutoModelForSequenceClassification
         settings["num_labels"] = len(labels)
@@ -73,10 +86,17 @@ def load_base(
         raise FieldError(("model", f"{place.name} lacks weights for {task}: {', '.join(orphans[:4])}"))
     if task == CLASSIFICATION:
         model.config.pad_token_id = pad_token_id
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config  # a GGUF file's weights are unpacked by now
+    if quantization is not None:  # on its device already
+        run_dequantized(model)
+        packed = [name for name in head if is_quantized(layers[name])]
+        if packed:
+            raise FieldError(("quantization", f"{quantization} would pack {packed[0]}, which every trial trains anew"))
+    else:
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config  # a GGUF file's weights are unpacked by now
+        model.to(find_device())
     model.requires_grad_(False)
-    model.to(find_device()).eval()
+    model.eval()
     if task == CLASSIFICATION:
         return Base(model, head, behind=reads_first_position(model))
     return Base(model, head, plain_head=has_plain_head(model))

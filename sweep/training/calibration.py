@@ -79,6 +79,8 @@ def _measure(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[dict
     """
     sizes = PACK_SIZES_CUDA if torch.cuda.is_available() else PACK_SIZES_CPU
     precisions = ["float32", "bfloat16"] if setup.train.precision == "auto" else [setup.train.precision]
+    if setup.quantization is not None and setup.train.precision == "auto":
+        precisions = ["bfloat16"]  # QLoRA's
     choices = [replace(prepared, precision=p, attention=a) for p in precisions for a in ("sdpa", "eager")]
     figures: list[dict[str, Any]] = []
     needed = _bytes_a_trial(setup, prepared, arms)
@@ -213,6 +215,7 @@ def _calibration_key(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> s
         "machine": [platform.node(), prepared.device, prepared.versions],
         "model": prepared.model_fingerprint,
         "task": setup.task,
+        "quantization": setup.quantization,
         "shape": [setup.train.batch_size, setup.data.max_length, prepared.tokens_per_step],
         "train": [setup.train.precision, setup.train.dropout, setup.train.optimizer, setup.train.micro_batch_size],
         "engine": __version__,

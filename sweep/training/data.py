@@ -6,21 +6,21 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from sweep.study.errors import FieldError
-from sweep.study.records import DataSettings, Setup
+from sweep.study.records import DataSettings, Setup, Truncation
 from sweep.training.locate import ModelPlace, load_tokenizer, model_fingerprint
 from sweep.training.sources import Row, Rows, read_rows
 from sweep.training.tokens import Split, tokenise_for_lm, tokenise_texts
 
 __all__ = ["Split", "TokenisedData", "load_data"]
 SPLITS = ("train", "validation", "test")
-_CODE_VERSION = 1  # raise it when the same rows would become other tokens or another split
+_CODE_VERSION = 2  # raise it when the same rows would become other tokens or another split
 _TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
 Tokens = tuple[dict[str, Split], int]  # by split name, and the padding token
 
@@ -191,7 +191,13 @@ def _read_cache(path: Path) -> Tokens | None:
                 return None
             fields = {name: file[name] for name in file.files}
         splits = {
-            name: Split(*(fields[f"{name}.{part}"] for part in ("input_ids", "offsets", "labels"))) for name in SPLITS
+            name: Split(
+                fields[f"{name}.input_ids"],
+                fields[f"{name}.offsets"],
+                fields[f"{name}.labels"],
+                Truncation(*fields[f"{name}.truncation"].tolist()),
+            )
+            for name in SPLITS
         }
         return splits, int(fields["pad_token_id"])
     except Exception:  # whatever a damaged file raises, it is built anew
@@ -200,12 +206,16 @@ def _read_cache(path: Path) -> Tokens | None:
 
 def _write_cache(path: Path, tokens: Tokens) -> None:
     splits, pad_token_id = tokens
-    fields = {f"{name}.{part}": array for name, split in splits.items() for part, array in vars(split).items()}
+    fields: dict[str, np.ndarray] = {}
+    for name, split in splits.items():
+        truncation = np.array(astuple(split.truncation))
+        arrays = {"input_ids": split.input_ids, "offsets": split.offsets, "labels": split.labels}
+        fields |= {f"{name}.{part}": array for part, array in {**arrays, "truncation": truncation}.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a reader never sees half a file
     try:
         with aside.open("wb") as stream:
-            np.savez(stream, pad_token_id=np.int64(pad_token_id), **fields)
+            np.savez(stream, allow_pickle=False, pad_token_id=np.int64(pad_token_id), **fields)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -224,6 +234,9 @@ def _tokenise(rows: Rows, labels: tuple[str, ...], setup: Setup, place: ModelPla
         else:
             splits[name] = tokenise_for_lm(rows[name], max_length, tokenizer)
         if not len(splits[name]):
+            if splits[name].truncation.dropped:
+                field = "data.messages" if setup.data.messages is not None else "data.completion"
+                raise FieldError((field, f"no row of {name} has an answer to learn within {max_length} tokens"))
             field = "data.source" if name == "train" else f"data.{name}"
             raise FieldError((field, f"no row of {name} has two tokens or more"))
     return splits, int(tokenizer.pad_token_id)

@@ -13,6 +13,7 @@ from sweep.lora.optim import moment_count
 from sweep.study.arms import Arm
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, frozen_bytes
+from sweep.training.quantization import base_bytes
 from sweep.training.rung import Trainee, base_for, pack_batches, start_trainee, tokenised, training_losses
 
 
@@ -42,7 +43,7 @@ def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[Fore
 
 def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
     base = base_for(setup, prepared, arm)
-    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    held = base_bytes(base.model)
     trial = TrialSpec(-1, arm, 0.0, 0, "forecast", "")
     trainee = start_trainee(setup, prepared, [trial], 0)
     try:
@@ -50,7 +51,7 @@ def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
     finally:
         trainee.close()
     trainable = check_arm(base, arm)
-    weights = base_bytes if arm.is_full else base_bytes + 4 * trainable + frozen_bytes(base, arm)
+    weights = held if arm.is_full else held + 4 * trainable + frozen_bytes(base, arm)
     beside = 4 * (1 + moment_count(setup.train.optimizer, setup.train.betas)) * trainable
     return Forecast(arm, trainable, weights + beside + kept, seconds * (3 if arm.is_full else 2))
 

@@ -14,21 +14,23 @@ from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup
 from sweep.training.base import check_arm, find_device, load_base
 from sweep.training.calibration import FIRST_PACKS, calibrate
-from sweep.training.data import TokenisedData
+from sweep.training.data import SPLITS, TokenisedData
 from sweep.training.locate import model_fingerprint
+from sweep.training.quantization import check_quantization, count_parameters
 from sweep.training.rung import located, tokenised
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
 
 
 def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     """Load model and data, check every arm against them, and calibrate. Raises FieldError with all problems found."""
+    check_quantization(setup.quantization)
     place, data = located(setup.model), tokenised(setup)
     if len(data.train) < setup.train.batch_size:
         raise FieldError(
             ("train.batch_size", f"{setup.train.batch_size} is more than the {len(data.train)} training rows there are")
         )
-    base = load_base(place, setup.task, data.labels, data.pad_token_id, "float32", "eager")
+    base = load_base(place, setup.task, data.labels, data.pad_token_id, "float32", "eager", setup.quantization)
     trainable, problems = {}, []
     for arm in arms:
         try:
@@ -48,7 +50,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         data_fingerprint=data.fingerprint,
         labels=data.labels,
         model_fingerprint=model_fingerprint(place),
-        total_params=sum(p.numel() for p in base.model.parameters()),
+        total_params=count_parameters(base.model),
         trainable_params=trainable,
         device=device_name(device),
         precision="float32",
@@ -56,6 +58,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         pack_size=FIRST_PACKS[0],
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions=_versions(),
+        truncation={name: getattr(data, name).truncation for name in SPLITS},
         chance_loss=chance_loss,
         chance_accuracy=chance_accuracy,
     )

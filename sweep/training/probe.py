@@ -20,6 +20,7 @@ from sweep.study.arms import Arm
 from sweep.study.records import Cost, Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device, frozen_bytes
 from sweep.training.prepare import device_name
+from sweep.training.quantization import base_bytes
 from sweep.training.rung import base_for, pack_batches, start_trainee, timed_steps, tokenised
 
 WARMUP_STEPS, MEASURED_STEPS = 3, 7
@@ -46,7 +47,8 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     device = find_device()
     data = tokenised(setup)
     base = base_for(setup, prepared, arm)
-    base_bytes = _resident(base.model)
+    _touch(base.model)
+    held = base_bytes(base.model)
     trainable_bytes, carried_bytes = 4 * check_arm(base, arm), frozen_bytes(base, arm)
     layers = linear_modules(base.model)
     head = sum(p.numel() for name in base.head for p in layers[name].parameters())
@@ -61,10 +63,10 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     trainee = start_trainee(setup, prepared, [trial], 0)
     times = timed_steps(setup, prepared, [trial], trainee, WARMUP_STEPS, MEASURED_STEPS)
     rise = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM") - before
-    peak = rise if device.type == "cuda" else base_bytes + rise
+    peak = rise if device.type == "cuda" else held + rise
     if arm.is_full:  # the copy that trains is the model; the untouched base beside it is only our spare
-        peak -= base_bytes
-    weights = base_bytes + (0 if arm.is_full else trainable_bytes + carried_bytes)
+        peak -= held
+    weights = held + (0 if arm.is_full else trainable_bytes + carried_bytes)
     moments = moment_count(setup.train.optimizer, setup.train.betas) * trainable_bytes
     tokens = [batch.tokens for batch, _ in pack_batches(data, setup, [trial], 0, WARMUP_STEPS + MEASURED_STEPS)]
     return Cost(
@@ -86,13 +88,11 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     )
 
 
-def _resident(model: nn.Module) -> int:
-    """Touch every weight, so that none is still only mapped from its file; their bytes."""
-    total = 0
+def _touch(model: nn.Module) -> None:
+    """Every weight, so that none is still only mapped from its file; packed ones were made, not mapped."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-        total += parameter.numel() * parameter.element_size()
-    return total
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _saved_bytes(state: dict[str, torch.Tensor]) -> int:

@@ -164,7 +164,9 @@ def base_for(setup: Setup, prepared: Prepared, arm: Arm) -> Base:
     precision = "float32" if arm.is_full else prepared.precision
     pad_token_id = tokenised(setup).pad_token_id
     place = located(setup.model)
-    return load_base(place, setup.task, prepared.labels, pad_token_id, precision, prepared.attention)
+    return load_base(
+        place, setup.task, prepared.labels, pad_token_id, precision, prepared.attention, setup.quantization
+    )
 
 
 def recipe(train: TrainSettings, trial: TrialSpec) -> Recipe:

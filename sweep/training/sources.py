@@ -274,6 +274,14 @@ def _pick(table: list[dict[str, Any]], columns: Columns, where: str) -> list[Row
 
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    """Role and content of each. Raises FieldError for what would be lost: parts that are no text, calls of tools."""
+    for message in value if isinstance(value, list) else ():
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            why = "has a content that is a list of parts (text, images, …): only text can be learnt; make it one text"
+            raise FieldError(("data.messages", f"{where} {why}"))
+        if isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call")):
+            why = "has a message with tool_calls, which would be lost: write the call into the content, as text"
+            raise FieldError(("data.messages", f"{where} {why}"))
     if not isinstance(value, list) or not value or not all(map(_is_message, value)):
         raise FieldError(("data.messages", f"{where} is not a list of messages with a role and a content, both text"))
     return [{"role": message["role"], "content": message["content"]} for message in value]
