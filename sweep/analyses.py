@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sweep.study.home import StudyFolder
 from sweep.study.schema import Study
@@ -25,8 +26,10 @@ def analyse(study: Study, folder: StudyFolder, cache: Path, say: Callable[[str],
             say(f"rank use: {error}")
 
 
-def look_at_rank_use(study: Study, record: StudyRecord, cache: Path) -> None:
+def look_at_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str, Any]:
     """Make the analysis of the updates' ranks anew. Raises RankUseError where there is nothing to look at."""
     from sweep.adapters.rank_use import measure_rank_use
 
-    write_analysis(record.folder, RANK_USE, measure_rank_use(study, record, cache))
+    found = measure_rank_use(study, record, cache)
+    write_analysis(record.folder, RANK_USE, found)
+    return found

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from sweep.adapters.rank_pattern import as_pattern, keep_share, within_budget
-from sweep.adapters.subspaces import A, Comparison, compare, found, plan_comparisons, short, steps
+from sweep.adapters.subspaces import OUTPUT, A, Comparison, compare, found, plan_comparisons, short, steps
 from sweep.adapters.truncation import Truncated, score_truncated
 from sweep.adapters.updates import a_rows, matrix_of, parts_of, truncated
-from sweep.lora.lowrank import Parts
+from sweep.lora.lowrank import Parts, lost_share
 from sweep.lora.methods import State, generator_for, matrix_shape
 from sweep.lora.spectra import (
     amplification,
@@ -58,6 +59,7 @@ class Walk:
     rows: list[dict[str, Any]] = field(default_factory=list)
     spectra: dict[str, list[Tensor]] = field(default_factory=dict)  # of the largest rank's arm: by layer, a seed each
     states: dict[tuple[int, int], State] = field(default_factory=lambda: defaultdict(dict))  # by (rank, seed)
+    lost: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))  # share of ‖ΔW‖²
 
 
 def measure_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str, Any]:
@@ -160,12 +162,14 @@ def _visit(
             for k in (*smaller, largest.r):
                 state = truncated(name, layer, parts[largest.name, trial.spec.seed], k)
                 walk.states[k, trial.spec.seed].update(state)
+                walk.lost[k, trial.spec.seed].append(lost_share(parts[largest.name, trial.spec.seed][1], k))
 
     def directions(of: str, arm: Arm, seed: int) -> Tensor | None:
         if of == A:
             return row_space(a_rows(name, layer, readers[arm.name, seed].read))
-        _, S, Vh = parts[arm.name, seed]
-        return Vh[: arm.r or largest.r] if S.any() else None
+        U, S, Vh = parts[arm.name, seed]
+        rows = U.T if of == OUTPUT else Vh
+        return rows[: arm.r or largest.r] if S.any() else None
 
     for comparison in comparisons:
         if comparison.one in trained and comparison.other in trained:
@@ -210,8 +214,13 @@ def _truncated_losses(
     ]
     scores = score_truncated(study.setup(cache), record.prepared, adapters)
     return [
-        {"rank": a.rank, "seed": a.trial.seed, **{f"test_{metric}": short(value) for metric, value in s.items()}}
-        for a, s in zip(adapters, scores, strict=True)
+        {
+            "rank": a.rank,
+            "seed": a.trial.seed,
+            "lost": short(float(np.mean(walk.lost[a.rank, a.trial.seed]))),
+            **{f"test_{metric}": short(value) for metric, value in scored.items()},
+        }
+        for a, scored in zip(adapters, scores, strict=True)
     ]
 
 

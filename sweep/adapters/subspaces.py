@@ -17,8 +17,10 @@ from sweep.lora.methods import generator_for
 from sweep.lora.spectra import random_rows, similarity
 from sweep.study.arms import Arm, full_arm
 
-A, UPDATE = "A", "update"  # whose right singular vectors: the paper's A, or ΔW
-Directions = Callable[[str, Arm, int], Tensor | None]  # (A or UPDATE, arm, seed): rows (k, I), None for no update
+# Whose: the right singular vectors of A, as in the paper, or of ΔW; or ΔW's left ones, which are B's. A begins at
+# random and ΔW's right ones lie in its rows, B begins at zero: what was learned shows best in the left ones.
+A, INPUT, OUTPUT = "A", "input", "output"
+Directions = Callable[[str, Arm, int], Tensor | None]  # (of, arm, seed): rows (k, I) or (k, O), None for no update
 
 
 @dataclass
@@ -45,17 +47,17 @@ def plan_comparisons(chosen: Sequence[tuple[Arm, Sequence[int]]], full: Sequence
     plan = []
     for arm, own in chosen[:-1]:
         pairs = other_seeds(own, seeds)
-        plan += [Comparison(of, arm, largest, pairs) for of in (A, UPDATE)]
-        plan.append(Comparison(A, arm, largest, pairs, control=True))
+        plan += [Comparison(of, arm, largest, pairs) for of in (A, INPUT, OUTPUT)]
+        plan += [Comparison(of, arm, largest, pairs, control=True) for of in (A, OUTPUT)]
         same = [(seed, seed) for seed in own if seed in seeds]
         if same and same != pairs:
             plan.append(Comparison(A, arm, largest, same))
     if len(seeds) > 1:
         pairs = other_seeds(seeds, seeds)[: len(seeds) if len(seeds) > 2 else 1]  # (1, 2) and (2, 1) are one pair
-        plan += [Comparison(of, largest, largest, pairs) for of in (A, UPDATE)]
-        plan.append(Comparison(A, largest, largest, pairs, control=True))
+        plan += [Comparison(of, largest, largest, pairs) for of in (A, INPUT, OUTPUT)]
+        plan += [Comparison(of, largest, largest, pairs, control=True) for of in (A, OUTPUT)]
     if full:
-        plan.append(Comparison(UPDATE, largest, full_arm(), other_seeds(seeds, full)))
+        plan += [Comparison(of, largest, full_arm(), other_seeds(seeds, full)) for of in (INPUT, OUTPUT)]
     return [comparison for comparison in plan if comparison.pairs]
 
 
@@ -77,7 +79,7 @@ def compare(comparison: Comparison, name: str, kind: str, directions: Directions
             continue
         ours, theirs = ours[:largest], theirs[:largest]
         if comparison.control:
-            generator = generator_for(one, f"{name}/{other}")
+            generator = generator_for(one, f"{name}/{comparison.of}/{other}")
             ours, theirs = (random_rows(len(rows), rows.shape[1], generator) for rows in (ours, theirs))
         phi = similarity(ours, theirs)
         comparison.grids[one, other].append(phi)
@@ -90,7 +92,7 @@ def found(comparison: Comparison) -> dict[str, Any]:
     i, j = (steps(n) for n in next(iter(means.values())).shape)
     grid = torch.stack(list(means.values())).mean(0)[[n - 1 for n in i]][:, [n - 1 for n in j]]
     return {
-        "of": "random" if comparison.control else comparison.of,
+        "of": f"random {OUTPUT if comparison.of == OUTPUT else INPUT}" if comparison.control else comparison.of,
         "one": comparison.one.name,
         "other": comparison.other.name,
         "pairs": [list(pair) for pair in means],

@@ -56,7 +56,7 @@ def parts_of(name: str, layer: nn.Module, own_name: str, arm: Arm, read: Read, m
 
 
 def truncated(name: str, layer: nn.Module, parts: Parts, k: int) -> State:
-    """ΔW's k leading singular parts as tensors of a plain LoRA adapter of rank k and scaling 1, in the layer's shapes."""
+    """ΔW's k leading singular parts as a plain LoRA adapter's tensors, of rank k and scaling 1."""
     A_kI, B_Ok = factors(parts, k, 1.0)
     lack = k - len(A_kI)  # a layer of a smaller rank
     A_kI, B_Ok = pad(A_kI, (0, 0, 0, lack)), pad(B_Ok, (0, lack))
