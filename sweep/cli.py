@@ -175,6 +175,24 @@ def export(
         _say("note: this trial is not confirmed on fresh seeds; a search score chose it")
 
 
+@app.command("rank-use")
+def rank_use(study: StudyName, home: HomeOption = None) -> None:
+    """Look at how much of their rank the confirmed arms used. `sweep report` then shows it with figures."""
+    from sweep.adapters.rank_use import RankUseError
+    from sweep.analyses import look_at_rank_use
+    from sweep.report.rank_use import rank_use_sentences
+
+    place = find_home(home)
+    asked, record = _ran(study, place)
+    if record.finished_at is None:
+        raise Refused(f"study {asked.name} is not complete: `sweep run` it to its end first", code=FAILED)
+    try:
+        found = look_at_rank_use(asked, record, place.cache)
+    except RankUseError as error:
+        raise Refused(str(error), code=FAILED) from None
+    _say(*rank_use_sentences(asked, record, found), f"`sweep report {asked.name}` writes it with figures and tables")
+
+
 @app.command()
 def doctor(home: HomeOption = None) -> None:
     """Check versions, devices, room, hub and tracking server, each with what to do."""

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
+from sweep.report.rank_use import rank_use_section
 from sweep.report.results import Findings
 from sweep.report.search_figures import loss_by_rate, rank_by_ratio
 from sweep.report.sections import Section
@@ -17,6 +18,7 @@ from sweep.report.tables import chance_line, confirmed_table, measured, search_t
 from sweep.report.words import rate, without_paths
 from sweep.study.file import dump_study
 from sweep.study.schema import Study
+from sweep.tracking.analyses import read_analysis
 from sweep.tracking.journal import StudyRecord
 
 
@@ -53,7 +55,11 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
 
 def analysis_sections(study: Study, record: StudyRecord, figures: Path) -> list[Section]:
     """What analyses found about this study, one section each; their figures are drawn into the folder `figures`."""
-    return []
+    sections = []
+    rank_use = read_analysis(record.folder, "rank-use")
+    if rank_use is not None:
+        sections.append(rank_use_section(study, record, rank_use, figures))
+    return sections
 
 
 def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[Drawn]) -> dict[str, Any]:

@@ -14,3 +14,4 @@ class Section:
     paragraphs: tuple[str, ...]
     tables: tuple[tuple[str, Table], ...] = ()  # (caption, table)
     figures: tuple[Drawn, ...] = ()  # drawn into the report's figures/
+    listings: tuple[tuple[str, str], ...] = ()  # (caption, text to copy)

@@ -234,6 +234,13 @@ class Confirm(Strict):
     epsilon: Positive
 
 
+class RankUse(Strict):
+    """Asks for the analysis of what rank the updates used; `sweep rank-use` makes it for any study."""
+
+    keep: Fraction = 0.9  # share of ‖ΔW‖² that the first suggested rank pattern keeps
+    budget: Count | None = None  # the rank whose parameters the second one takes; default: the second largest
+
+
 class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     question: str = ""
@@ -246,6 +253,7 @@ class Study(Strict):
     train: Train
     search: Search = Search()
     confirm: Confirm
+    rank_use: RankUse | None = None
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
 
     @property

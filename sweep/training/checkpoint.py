@@ -7,11 +7,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,6 +59,12 @@ def load_checkpoint(trial_folder: Path, step: int) -> Checkpoint:
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint folder."""
     return load_file(folder / WEIGHTS)
+
+
+def load_some_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Those of a checkpoint folder's trained tensors that are named; the others are not read."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
