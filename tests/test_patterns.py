@@ -1,4 +1,4 @@
-"""Rank and alpha that vary by layer: by PEFT's own rule; what is refused; what older journals hold; what is compared."""
+"""Rank and alpha that vary by layer: by PEFT's own rule; what is refused; what older journals hold or compare."""
 
 from __future__ import annotations
 
