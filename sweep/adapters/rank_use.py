@@ -218,7 +218,7 @@ def _truncated_losses(
             "rank": a.rank,
             "seed": a.trial.seed,
             "lost": short(float(np.mean(walk.lost[a.rank, a.trial.seed]))),
-            **{f"test_{metric}": short(value) for metric, value in scored.items()},
+            **{f"test_{metric}": value for metric, value in scored.items()},
         }
         for a, scored in zip(adapters, scores, strict=True)
     ]

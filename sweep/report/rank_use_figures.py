@@ -148,8 +148,8 @@ def subspaces(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
         "Directions that two trials share",
         "φ(i, j): how much of the space of one's i strongest directions lies in the other's j strongest, 1 for "
         "all and 0 for nothing; after the LoRA paper's figures 3 and 4. Means over the layers and over pairs of "
-        "different seeds. A: the right singular vectors of A, as in the paper; input and output: the right and the left "
-        "ones of ΔW; chance: random Gaussian matrices. The scale ends at the largest value shown.",
+        "different seeds. A: the right singular vectors of A, as in the paper; input and output: the right and the "
+        "left ones of ΔW; chance: random Gaussian matrices. The scale ends at the largest value shown.",
         f"Heat maps of the subspace similarity. φ(1, 1): {values}.",
     )
 

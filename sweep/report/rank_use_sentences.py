@@ -93,17 +93,17 @@ def _shared(study: Study, found: Found) -> str:
         return f"With one confirm seed, trials of different seeds cannot be compared.{alike}"
     chance = similarity_of(found, "random input", small, largest)
     by_chance = (
-        f" Chance gives {two(float(np.mean(chance['top'])))} and, over all, {two(float(np.mean(chance['whole'])))} on the "
-        "input side."
+        f" Chance gives {two(float(np.mean(chance['top'])))} and, over all, {two(float(np.mean(chance['whole'])))} on "
+        "the input side."
         if chance is not None
         else ""
     )
     return (
         f"Top direction of ranks {small.r} and {largest.r}, trained from different seeds, by φ(1, 1): "
-        f"{'; '.join(told)}.{by_chance} {PAPER[0].upper()}{PAPER[1:]} found, on A, that ranks 8 and 64 share direction 1 "
-        f"by more than {LIT:g} and the others hardly. Of direction 1 that is {join(verdicts)}. A begins at random, and "
-        "the input side of ΔW = BA lies in A's rows, so after few steps both still tell of the start; B begins at zero, "
-        f"so the output side is what was learned.{alike}"
+        f"{'; '.join(told)}.{by_chance} {PAPER[0].upper()}{PAPER[1:]} found, on A, that ranks 8 and 64 share direction "
+        f"1 by more than {LIT:g} and the others hardly. Of direction 1 that is {join(verdicts)}. A begins at random, "
+        "and the input side of ΔW = BA lies in A's rows, so after few steps both still tell of the start; B begins at "
+        f"zero, so the output side is what was learned.{alike}"
     )
 
 
