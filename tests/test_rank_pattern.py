@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -12,6 +14,7 @@ from random_models import FAMILIES, frozen_model
 from sweep.adapters.rank_pattern import as_pattern, keep_share, within_budget
 from sweep.adapters.rank_use import block_of, module_kinds
 from sweep.report.rank_use_tables import pattern_yaml
+from sweep.study.file import read_study
 
 SPECTRA = {
     "wide": [torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3.0, 0.1, 0.1])],
@@ -42,16 +45,31 @@ def test_peft_reads_the_pattern_as_it_is_meant() -> None:
     names = [n for n, m in model.named_modules() if n.endswith((".query", ".value"))]
     ranks = {name: 1 + i % 3 for i, name in enumerate(names)}
     common, pattern = as_pattern(ranks)
-    arms = yaml.safe_load(pattern_yaml({"rank": common, "rank_pattern": pattern}))["arms"]
+    arms = yaml.safe_load(pattern_yaml({"rank": common, "rank_pattern": pattern, "alpha_ratio": 2.0}))["arms"]
     config = LoraConfig(
         r=arms["rank"][0],
+        lora_alpha=arms["alpha_ratio"][0] * arms["rank"][0],
         rank_pattern=arms["rank_pattern"],
+        alpha_pattern=arms["alpha_pattern"],
         target_modules=["query", "value"],
         task_type=TaskType.SEQ_CLS,
     )
     peft = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, r in ranks.items():
-        assert peft.get_submodule(f"base_model.model.{name}").r["default"] == r  # type: ignore[union-attr, index]
+        layer: Any = peft.get_submodule(f"base_model.model.{name}")
+        assert (layer.r["default"], layer.scaling["default"]) == (r, 2.0)
+
+
+def test_a_study_file_takes_the_pattern() -> None:
+    ranks = {f"bert.encoder.layer.{i}.attention.self.query": r for i, r in enumerate((3, 1, 3, 5))}
+    common, pattern = as_pattern(ranks)
+    text = pattern_yaml({"rank": common, "rank_pattern": pattern, "alpha_ratio": 0.5})
+    arms = yaml.safe_load(text)["arms"]
+    overrides = [f"arms.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in arms.items()]
+    quickstart = Path(__file__).parents[1] / "studies" / "quickstart.yaml"
+    arm, _ = read_study(quickstart, [*overrides, "confirm.reference=3"]).study.list_arms()
+    assert {name: arm.rank_at(name) for name in ranks} == ranks
+    assert {arm.scaling_at(name) for name in ranks} == {0.5}
 
 
 def test_layers_are_named_by_what_they_are() -> None:

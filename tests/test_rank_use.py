@@ -275,8 +275,8 @@ def test_an_update_by_its_parts_is_what_merging_adds(layer: nn.Module, method: s
     torch.manual_seed(0)
     if isinstance(layer, Conv1D):
         nn.init.normal_(layer.weight)
-    arm = Arm("one", method, 4, 2.0, ("layer",))
-    state = {f"{n}": t for n, t in init_adapter({"layer": layer}, method, 4, arm.scaling, seed=1).items()}
+    arm = Arm("one", method, 4, 2.0, ("layer",), alpha_pattern=(("layer", 6.0),))
+    state = {f"{n}": t for n, t in init_adapter({"layer": layer}, method, 4, arm.scaling_at("layer"), seed=1).items()}
     state = {n: t if "initial" in n else t + 0.1 * torch.rand_like(t) for n, t in state.items()}
     weight = layer.get_parameter("weight")
     merged = merged_weight("layer", layer, arm, state)

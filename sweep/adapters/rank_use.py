@@ -145,16 +145,17 @@ def _visit(
     """One layer of every trial that adapts it."""
     own = next(n for n, p in base.model.named_parameters() if p is layer.get_parameter("weight"))
     W_OI = matrix_of(layer, layer.get_parameter("weight"))
-    base_parts = dense_parts(W_OI, largest.r)
+    ranks = {arm: (largest if arm.is_full else arm).rank_at(name) for arm in trained}  # directions that are looked at
+    most = max(ranks.values())
+    base_parts = dense_parts(W_OI, most)
     parts: dict[tuple[str, int], Parts] = {}
     readers = {(arm.name, t.spec.seed): t for arm, trials in trained.items() for t in trials}
     for arm, trials in trained.items():
         for trial in trials:
-            most = max(arm.r, largest.r)
             update = parts_of(name, layer, own, arm, trial.read, most)
             parts[arm.name, trial.spec.seed] = update
             where = {"arm": arm.name, "seed": trial.spec.seed, "layer": name, "kind": kind, "block": block_of(name)}
-            k = min(arm.r or largest.r, len(update[2]))
+            k = min(ranks[arm], len(update[2]))
             walk.rows.append({**where, **_layer_numbers(update, W_OI, base_parts, k, keep, name, trial.spec.seed)})
     if largest in trained:
         walk.spectra[name] = [parts[largest.name, t.spec.seed][1] for t in trained[largest]]
@@ -169,11 +170,11 @@ def _visit(
             return row_space(a_rows(name, layer, readers[arm.name, seed].read))
         U, S, Vh = parts[arm.name, seed]
         rows = U.T if of == OUTPUT else Vh
-        return rows[: arm.r or largest.r] if S.any() else None
+        return rows[: ranks[arm]] if S.any() else None
 
     for comparison in comparisons:
         if comparison.one in trained and comparison.other in trained:
-            compare(comparison, name, kind, directions, largest.r)
+            compare(comparison, name, kind, directions, most)
 
 
 def _layer_numbers(
@@ -228,7 +229,7 @@ def _suggest(
     spectra: Mapping[str, Sequence[Tensor]], layers: Mapping[str, nn.Module], chosen: Sequence[Arm], options: RankUse
 ) -> list[dict[str, Any]]:
     """Rank patterns by two rules from the spectra of the largest rank's adapters, with the parameters they take."""
-    largest = chosen[-1].r
+    largest = max(chosen[-1].rank_at(name) for name in spectra)
     costs = {name: sum(matrix_shape(layers[name])) for name in spectra}
     rank = options.budget or (chosen[-2].r if len(chosen) > 1 else largest)
     ruled = [
@@ -245,6 +246,7 @@ def _suggest(
                 **rule,
                 "rank": common,
                 "rank_pattern": pattern,
+                "alpha_ratio": chosen[-1].alpha_ratio,
                 "parameters": parameters,
                 "parameters_of_rank": parameters_of_rank,
             }

@@ -135,10 +135,14 @@ def pattern_table(found: Found) -> Table:
 
 
 def pattern_yaml(suggestion: Found) -> str:
-    """The suggestion as the study file's `arms` take it, with PEFT's names."""
-    arms = {"rank": suggestion["rank"], "rank_pattern": dict(suggestion["rank_pattern"])}
-    text = yaml.safe_dump({"arms": arms}, sort_keys=False)
-    return text.replace(f"  rank: {suggestion['rank']}\n", f"  rank: [{suggestion['rank']}]\n")
+    """The suggestion as the study file's `arms` take it, with PEFT's names.
+
+    A layer of its own rank keeps the arm's lora_alpha, so alpha_pattern gives it the alpha ratio of all others.
+    """
+    rank, ratio, ranks = suggestion["rank"], suggestion["alpha_ratio"], dict(suggestion["rank_pattern"])
+    patterns = {"rank_pattern": ranks, "alpha_pattern": {name: ratio * r for name, r in ranks.items()}}
+    below = "".join(f"  {line}" for line in yaml.safe_dump(patterns, sort_keys=False).splitlines(keepends=True))
+    return f"arms:\n  rank: [{rank}]\n  alpha_ratio: [{ratio:g}]\n{below}"
 
 
 def rule(suggestion: Found) -> str:
