@@ -71,8 +71,8 @@ def measure_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str
     if record.prepared is None:
         raise RankUseError(f"study {study.name} has no prepared model and data; run it first")
     trained = {arm: _trained(confirm_trials(record, arm)) for arm in study.list_arms()}
-    trained = {arm: trials for arm, trials in trained.items() if trials}
-    chosen = [arm for arm in confirmed_of_ranks(study, record).values() if arm in trained]
+    trained = {arm: trials for arm, trials in trained.items() if trials and (arm.r or arm.is_full)}
+    chosen = [a for a in confirmed_of_ranks(study, record).values() if a in trained and not a.prefix_length]
     if not chosen:
         raise RankUseError(f"study {study.name} has no complete confirm trial of LoRA whose weights are kept")
     setup = study.setup(str(cache))
@@ -150,11 +150,11 @@ def _visit(
     readers = {(arm.name, t.spec.seed): t for arm, trials in trained.items() for t in trials}
     for arm, trials in trained.items():
         for trial in trials:
-            most = max(arm.r, largest.r)
+            most = max(arm.rank_at(name), largest.rank_at(name))
             update = parts_of(name, layer, own, arm, trial.read, most)
             parts[arm.name, trial.spec.seed] = update
             where = {"arm": arm.name, "seed": trial.spec.seed, "layer": name, "kind": kind, "block": block_of(name)}
-            k = min(arm.r or largest.r, len(update[2]))
+            k = min(arm.rank_at(name) or largest.rank_at(name), len(update[2]))
             walk.rows.append({**where, **_layer_numbers(update, W_OI, base_parts, k, keep, name, trial.spec.seed)})
     if largest in trained:
         walk.spectra[name] = [parts[largest.name, t.spec.seed][1] for t in trained[largest]]
@@ -169,7 +169,7 @@ def _visit(
             return row_space(a_rows(name, layer, readers[arm.name, seed].read))
         U, S, Vh = parts[arm.name, seed]
         rows = U.T if of == OUTPUT else Vh
-        return rows[: arm.r or largest.r] if S.any() else None
+        return rows[: arm.rank_at(name) or largest.rank_at(name)] if S.any() else None
 
     for comparison in comparisons:
         if comparison.one in trained and comparison.other in trained:

@@ -51,7 +51,7 @@ def parts_of(name: str, layer: nn.Module, own_name: str, arm: Arm, read: Read, m
     if arm.method == PISSA:
         state = as_plain_lora(name, state)
     A, B = (state[f"{name}.{tensor}"].flatten(1) for tensor in tensor_names(layer))
-    U, S, Vh = update_parts(A, B, arm.scaling)
+    U, S, Vh = update_parts(A, B, arm.scaling_at(name))
     return U[:, :most], S, Vh[:most]
 
 
