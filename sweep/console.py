@@ -147,7 +147,8 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
         f"({finalists} finalists on {len(study.confirm.seeds)} seeds), {study.train.steps} steps each",
         f"rungs {', '.join(map(str, study.rungs))}; at each, {study.search.keep:.0%} of a rank's trials go on",
         f"learning rates {_rates(rates[arms[0].name])}"
-        + (f"; full fine-tuning {_rates(rates[FULL])}" if FULL in rates else ""),
+        + (f"; full fine-tuning {_rates(rates[FULL])}" if FULL in rates else "")
+        + (f"; prefixes alone {_rates(rate_values(study.tune.prefix.learning_rate))}" if study.tune.prefix else ""),
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm")

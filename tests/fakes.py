@@ -36,7 +36,7 @@ def make_study(**changes: Any) -> Study:
 def loss_of(arm: Arm, rate: float, seed: int, step: int) -> float:
     """Falls with steps; best at 1e-2 (full fine-tuning: 1e-4); larger ranks and ratio 2 are a little better."""
     away = abs(math.log10(rate / (1e-4 if arm.is_full else 1e-2)))
-    size = 0.0 if arm.is_full else 1 / arm.r + 0.01 * abs(arm.alpha_ratio - 2)
+    size = 1 / arm.r + 0.01 * abs(arm.alpha_ratio - 2) if arm.r else 0.0
     return round(1 / step + away + 0.1 * size + 0.001 * seed, 9)
 
 

@@ -24,7 +24,9 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUITE = tuple(f"tests/test_{name}.py" for name in ("lora_methods", "lora_layers", "parity_random", "parity_packs"))
+SUITE = tuple(
+    f"tests/test_{name}.py" for name in ("lora_methods", "lora_layers", "parity_random", "parity_packs", "prefix")
+)
 SHOWN = 6  # tests named in a row of the table
 
 
@@ -40,7 +42,13 @@ class Mutation:
 
 ARMS, LAYERS, DORA = "study/arms.py", "lora/layers.py", "lora/dora.py"
 ADAPTER, OPTIM, METHODS = "lora/adapter.py", "lora/optim.py", "lora/methods.py"
-PASSES, TRUNK, RUNG, TASKS = "lora/passes.py", "lora/trunk.py", "training/rung.py", "training/tasks.py"
+PREFIX, PASSES, TRUNK, RUNG, TASKS = (
+    "lora/prefix.py",
+    "lora/passes.py",
+    "lora/trunk.py",
+    "training/rung.py",
+    "training/tasks.py",
+)
 
 CONTROL = Mutation("control: nothing but a comment", LAYERS, "class PackedLinear(", "# nothing\nclass PackedLinear(")
 HEADING = (
@@ -213,6 +221,20 @@ MUTATIONS = (
     Mutation("the trunk reaches into the first adapted block", TRUNK, "first = min((int(", "first = max((int("),
     Mutation("the trunk is not shared", RUNG, "repeats = len(distinct_U) < len(place_R)", "repeats = False"),
     Mutation("hooks stay after a pack", ADAPTER, "        hook.remove()", "        pass"),
+    Mutation(
+        "a prefix of another trial",
+        PREFIX,
+        "prefix.value_GpH.to(tokens_RTH.dtype)",
+        "prefix.value_GpH.roll(1, 0).to(tokens_RTH.dtype)",
+    ),
+    Mutation(
+        "a prefix is masked", PREFIX, "torch.where(place_1L < 0, 1, token_RL)", "torch.where(place_1L < 0, 0, token_RL)"
+    ),
+    Mutation("padding behind shorter prefixes is not masked", PREFIX, " * (place_1L < ids_RT.shape[1])", ""),
+    Mutation("tokens' hidden states behind the longest prefix", PREFIX, "[None] + length_R1", "[None] + longest"),
+    Mutation(
+        "rows are shared under prefixes", ADAPTER, "if any(adapter.prefix_length for adapter in adapters):", "if False:"
+    ),
     Mutation(
         "the language model's loss gradient lacks the target",
         TASKS,

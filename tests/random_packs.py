@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from random_models import FAMILIES, PAD, Family, frozen_model, frozen_rows
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from sweep.lora.adapter import install
 from sweep.lora.methods import is_conv1d
 from sweep.lora.optim import Recipe, start_optimizer
 from sweep.lora.passes import ForwardPass, dropout_keep, layer_key
+from sweep.lora.prefix import PROMPT
 from sweep.lora.readout import behind_attention, read_first_position
 from sweep.study.arms import ALL_LINEAR, Arm
 from sweep.study.records import DataSettings, Prepared, Setup, TrainSettings, TrialSpec
@@ -77,6 +78,27 @@ def mixed_pack(family: Family, rates: float = 1.0) -> list[Trial]:
     return [replace(trial, rate=trial.rate * rates) for trial in pack]
 
 
+def prefixed_pack(family: Family, rates: float = 1.0) -> list[Trial]:
+    """Prefixes of three lengths, alone and with LoRA, among trials without; two see the same rows.
+
+    rates: a factor on all rates.
+    """
+    first, second = family.linear[0], family.linear[2]
+    only = {"r": 0, "ratio": 0.0, "method": "prefix", "endings": ()}
+    pack = [
+        Trial(2, 1, "lora", (first, second), seed=1, warmup=0.5, decay=0.2),
+        Trial(**only, prefix=5, seed=1, clip=0.3, rate=0.1),
+        Trial(2, 2, "lora+prefix", (first,), seed=2, prefix=3, rate=3e-2, decay=0.3, schedule="cosine"),
+        Trial(2, 2, "lora+prefix", (first,), seed=7, prefix=3, ranks=((first, 4),), betas=(0.8, 0.95)),
+        Trial(4, 1, "dora", seed=3, clip=0.3, decay=0.5, rate=2e-2),
+        Trial(**only, prefix=1, seed=4, steps=2, decay=0.2),
+        Trial(3, 2, "lora+prefix", (family.others[0], second), seed=5, prefix=5, steps=9),
+        Trial(**only, prefix=5, seed=6, rate=0.3, schedule="constant"),
+        Trial(3, 1, "lora+prefix", seed=8, prefix=2, clip=0.05),
+    ]
+    return [replace(trial, rate=trial.rate * rates) for trial in pack]
+
+
 @dataclass(frozen=True)
 class Trial:
     """One trial of a pack; `endings` are its target modules."""
@@ -97,10 +119,11 @@ class Trial:
     lr_ratio: float = 4.0  # of lora+ alone
     ranks: tuple[tuple[str, int], ...] = ()  # rank_pattern
     alphas: tuple[tuple[str, float], ...] = ()  # alpha_pattern
+    prefix: int = 0
 
     @property
     def arm(self) -> Arm:
-        return Arm("", self.method, self.r, self.ratio, self.endings, self.ranks, self.alphas)
+        return Arm("", self.method, self.r, self.ratio, self.endings, self.ranks, self.alphas, self.prefix)
 
     @property
     def recipe(self) -> Recipe:
@@ -207,8 +230,9 @@ class SeededDropout(nn.Module):
 
 def peft_model(family: Family, trial: Trial, dropout: float = 0.0, init: bool | str = True) -> nn.Module:
     """PEFT's own model of the arm, with PEFT's own choice of layers and its own initial tensors."""
-    all_linear = trial.endings == (ALL_LINEAR,)
-    config = LoraConfig(
+    model, all_linear = copy.deepcopy(frozen_model(family)), trial.endings == (ALL_LINEAR,)
+    classify = family.task != CAUSAL_LM
+    lora = LoraConfig(
         r=trial.r,
         lora_alpha=trial.arm.lora_alpha,  # type: ignore[arg-type]
         target_modules=ALL_LINEAR if all_linear else list(trial.endings),
@@ -221,13 +245,27 @@ def peft_model(family: Family, trial: Trial, dropout: float = 0.0, init: bool | 
         init_lora_weights=init,
         fan_in_fan_out=family.name == "gpt2",
         lora_dropout=dropout,
-        task_type=TaskType.CAUSAL_LM if family.task == CAUSAL_LM else None,
+        task_type=None if classify else TaskType.CAUSAL_LM,
     )
-    return get_peft_model(copy.deepcopy(frozen_model(family)), config)  # type: ignore[arg-type]
+    if not trial.prefix:
+        return get_peft_model(model, lora)  # type: ignore[arg-type]
+    if trial.r:  # PEFT has no such pair: its LoRA layers inside, its prompt tuning around
+        lora.modules_to_save = None
+        inject_adapter_in_model(lora, model)
+    task = TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM
+    both = get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=trial.prefix))  # type: ignore[arg-type]
+    both.word_embeddings = model.get_input_embeddings()  # type: ignore[operator]  # the adapted one, if it is
+    for name, p in both.named_parameters():
+        p.requires_grad_(p.requires_grad or ".lora_" in name)
+    return both
 
 
-def peft_name(name: str) -> str:
-    """A tensor's name in PEFT's model for its name in a trial's state."""
+def peft_name(name: str, prefixed: bool = False) -> str:
+    """A tensor's name in PEFT's model for its name in a trial's state. prefixed: in a model of its prompt tuning."""
+    if name == PROMPT:
+        return "prompt_encoder.default.embedding.weight"
+    if prefixed:
+        return peft_name(name).replace("base_model.model.", "base_model.", 1)
     module, _, tensor = name.rpartition(".")
     if ".lora_embedding_" in name:
         return f"base_model.model.{name}.default"
@@ -242,7 +280,7 @@ def trained_parameters(family: Family, trial: Trial, model: nn.Module) -> dict[s
     """What PEFT trains, by the engine's names, with the engine's initial tensors copied in."""
     initial = {name: value for name, value in initial_state(family, trial).items() if ".initial_" not in name}
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ours = {peft_name(name): name for name in initial}
+    ours = {peft_name(name, trial.prefix > 0): name for name in initial}
     assert set(found) == set(ours), set(found) ^ set(ours)  # PEFT adapts the same layers and trains the same tensors
     with torch.no_grad():
         for name, p in found.items():
@@ -270,7 +308,8 @@ def train_in_peft(family: Family, trial: Trial, run: Run) -> Trained:
     if run.dropout:
         for name, layer in model.named_modules():
             if isinstance(layer, LoraLayer):
-                layer.lora_dropout["default"] = SeededDropout(forward_pass, name.removeprefix("base_model.model."))
+                above = "base_model." if trial.prefix else "base_model.model."
+                layer.lora_dropout["default"] = SeededDropout(forward_pass, name.removeprefix(above))
     model.train(run.dropout > 0)  # PEFT's DoRA asks for the mode; the models' own dropout is 0
     groups = []
     for name, p in trained.items():

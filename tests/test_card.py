@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from sweep.adapters.card import loading
@@ -26,6 +26,19 @@ def test_the_program_for_a_packaged_classifier_runs_as_written(tmp_path: Path) -
     config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"])
     get_peft_model(base, config).save_pretrained(str(tmp_path))
     program = loading(MINILM, 5, merge=False) + CHECK
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_program_for_lora_with_a_prefix_runs_as_written(tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(locate_model(MINILM).path, num_labels=5)
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"])
+    get_peft_model(base, config).save_pretrained(str(tmp_path))
+    base = AutoModelForSequenceClassification.from_pretrained(locate_model(MINILM).path, num_labels=5)
+    prompt = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    get_peft_model(base, prompt).save_pretrained(str(tmp_path / "prefix"))
+    check = CHECK.replace(".r == 2", ".num_virtual_tokens == 3")
+    program = loading(MINILM, 5, merge=False, prefix_below=True) + check
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from sweep.adapters.export import ExportError, _our_logits, _weights_of, export, few_rows
+from sweep.adapters.export import ExportError, _our_logits, _weights_of, _write_adapters, export, few_rows
 from sweep.study.file import read_study
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, Measurement, TrialSpec, Unit
@@ -126,6 +127,31 @@ def test_adapter_in_peft_and_merged_model_give_the_engines_logits(
             torch.testing.assert_close(logits_of(question, inputs, tmp_path), ours, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("arm", ["prefix-p3", "r8-ratio1-lora+prefix-p2"])
+def test_a_prefix_exports_as_pefts_prompt_tuning_alone_and_behind_lora(tmp_path: Path, arm: str) -> None:
+    """export() itself compares logits in a fresh process; here they must also be another model's than without it."""
+    overrides = [*SMALL, "arms.rank=[8]", "confirm.reference=8", "arms.alpha_ratio=[1]", "arms.prefix_length=[2,3]"]
+    overrides += ["arms.method=[lora,prefix,lora+prefix]", "data.validation=0.03", "data.test=0.03"]
+    study, home = read_study(Path("studies/quickstart.yaml"), overrides).study, Home(tmp_path / "home")
+    record = run_trials(study, home, [arm])
+    (trial,) = record.trials
+    done = export(study, record, trial, tmp_path / "out", False, "Evidence.", home.cache)
+    assert done.largest_difference < 1e-5
+    below = "prefix" if "lora" in arm else ""
+    config = json.loads((tmp_path / "out" / below / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out" / below / "adapter_model.safetensors")
+    assert config["peft_type"] == "PROMPT_TUNING" and len(tensors["prompt_embeddings"]) == config["num_virtual_tokens"]
+    assert (tmp_path / "out" / "prefix").exists() == ("lora" in arm)
+    base = base_for(study.setup(str(home.cache)), record.prepared, trial.spec.arm)  # type: ignore[arg-type]
+    batch = few_rows(load_data(study.setup(str(home.cache)), locate_model(study.model)))
+    weights = _weights_of(trial, False)
+    ours = _our_logits(base, trial.spec.arm, weights, batch)
+    without = {**weights, "prompt_embeddings": torch.zeros_like(weights["prompt_embeddings"])}
+    assert not torch.allclose(ours, _our_logits(base, trial.spec.arm, without, batch), atol=1e-3), "nothing to compare"
+    with pytest.raises(ExportError, match="a prefix stands before the input"):
+        export(study, record, trial, tmp_path / "merged", True, "", home.cache)
+
+
 def test_full_finetuning_exports_as_a_whole_model_only(
     classified: tuple[Study, StudyRecord, Home], tmp_path: Path
 ) -> None:
@@ -225,6 +251,7 @@ def test_head_of_several_layers_and_for_other_labels_is_trained_and_exported(tmp
         ("pissa", "[c_attn, c_fc]", ["rank_pattern={h.1.attn.c_attn: 3, c_fc: 5}"]),
         pytest.param("lora+", "all-linear", [], marks=pytest.mark.slow),
         ("lora", "[wte, wpe, c_attn]", ["rank_pattern={'h.[01].*': 2, wte: 3}", "alpha_pattern={wpe: 2.5, c_attn: 7}"]),
+        ("lora+prefix", "[c_attn, c_fc]", ["prefix_length=[3]", "rank_pattern={c_fc: 3}"]),
         pytest.param("rslora", "[lm_head, c_proj]", ["rank_pattern={mlp.c_proj: 4}"], marks=pytest.mark.slow),
     ],
 )
@@ -249,5 +276,9 @@ def test_every_method_on_gpt2_exports_for_peft_and_merged(
     inputs["attention_mask"] = torch.from_numpy(batch.attention_mask_RT)
     ours = _our_logits(base, trial.spec.arm, _weights_of(trial, False), batch).float()
     assert not torch.allclose(ours, base.model(**inputs).logits, atol=1e-3), "the adapter changes nothing"
-    for merge in (False, True):  # export() itself compares the logits in a fresh process
+    if "prefix" in method:
+        tied = replace(trial.spec.arm, target_modules=("wte",))
+        with pytest.raises(ExportError, match="tied embeddings"):
+            _write_adapters(base, study, tied, {}, tmp_path)
+    for merge in (False, True)[: 1 if "prefix" in method else 2]:  # export() itself compares them in a fresh process
         assert export(study, record, trial, tmp_path / f"merged-{merge}", merge, "Evidence.", home.cache)

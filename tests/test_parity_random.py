@@ -81,7 +81,20 @@ def packs(draw: st.DrawFn, family: Family) -> tuple[list[Trial], Run]:
         micro=draw(st.sampled_from([None, 1, 3])),
         plain_head=draw(st.booleans()),
     )
-    return [draw_trial(draw, family, run.optimizer) for _ in range(draw(st.integers(1, 12)))], run
+    trials = [draw_trial(draw, family, run.optimizer) for _ in range(draw(st.integers(1, 12)))]
+    if family.name != "vit" and draw(st.booleans()):
+        trials = [draw_prefix(draw, trial) for trial in trials]
+    return trials, run
+
+
+def draw_prefix(draw: st.DrawFn, trial: Trial) -> Trial:
+    """The trial as it is, or with a prefix where its method is LoRA's, or with that alone."""
+    prefix = draw(st.sampled_from([0, 1, 2, 3, 6]))
+    if prefix == 0 or trial.method not in ("lora", "dora"):
+        return trial
+    if trial.method == "lora":
+        return replace(trial, method="lora+prefix", prefix=prefix)
+    return replace(trial, method="prefix", prefix=prefix, r=0, ratio=0.0, endings=(), ranks=(), alphas=())
 
 
 # No shrinking: an example takes a second, and the trial that differs is named.

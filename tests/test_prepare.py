@@ -66,6 +66,13 @@ def test_problem_found_with_the_model_at_hand_names_file_line_and_field(tmp_path
     assert source.error(*caught.value.problems).lines()[0].startswith(f"{path}:{line}: arms.rank: rank 400")
 
 
+def test_a_prefix_that_leaves_the_tokens_too_few_positions_is_refused(tmp_path: Path) -> None:
+    found = problems(tmp_path, "arms.method=[lora,prefix]", "arms.prefix_length=[4,500]")
+    assert found == {
+        "arms.prefix_length": "500 before data.max_length (16) tokens is more than the model's 512 positions"
+    }
+
+
 def test_unknown_module_is_refused_with_the_nearest_that_exist(tmp_path: Path) -> None:
     found = problems(tmp_path, "arms.target_modules=[[querry,value]]")
     assert "'querry'" in found["arms.target_modules"] and "did you mean query" in found["arms.target_modules"]

@@ -107,6 +107,22 @@ def test_patterns_are_arms_and_are_named_where_the_study_varies_them(tmp_path: P
         ),
         ("rank: [2, 8]", "rank: [2, 8]\n  alpha_pattern: {'q(': 1}", "8: arms.alpha_pattern.q(: 'q(' is no regular"),
         ("rank: [2, 8]", "rank: [2, 8]\n  rank_pattern: 4", "8: arms.rank_pattern: must be a mapping of module names"),
+        (
+            "rank: [2, 8]",
+            "rank: [2, 8]\n  method: [lora, prefix]",
+            "6: arms.prefix_length: missing: method prefix needs",
+        ),
+        ("rank: [2, 8]", "rank: [2, 8]\n  prefix_length: [4]", "8: arms.prefix_length: no method uses it: add prefix"),
+        (
+            "rank: [2, 8]",
+            "rank: [2, 8]\n  method: [prefix]\n  prefix_length: [4]",
+            "8: arms.method: prefix alone has no rank to hold the others against",
+        ),
+        (
+            "  full_finetuning:\n",
+            "  prefix: {learning_rate: [0.1, 0.2, 0.3]}\n  full_finetuning:\n",
+            "12: tune.prefix: no arm has these rates",
+        ),
         ("rank: [2, 8]", "rank: [0, 8]", "7: arms.rank.0: input should be greater than or equal to 1, not 0"),
         ("name: small", "name: Small one", "1: name: 'Small one': use lower-case letters, digits and dashes only"),
         ("[[query, value]]", "[query]", "9: arms.target_modules.0: each entry is a list of module-name endings"),

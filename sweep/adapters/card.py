@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from sweep.adapters.prompt import SUBFOLDER
+from sweep.report.words import plural
 from sweep.study.arms import pattern_text
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -18,19 +20,23 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
     scores = {"eval_loss": last.eval_loss, **last.eval_metrics, **last.test_metrics}
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None)
     labelled = f"; labels, in order: {', '.join(prepared.labels)}" if classify else ""
-    what = "full fine-tuning" if arm.is_full else f"{arm.method}, rank {arm.r}, alpha {arm.lora_alpha:g}"
+    what = "full fine-tuning" if arm.is_full else arm.method
+    if arm.prefix_length:
+        what += f", a prefix of {plural(arm.prefix_length, 'embedding')}"
+    if arm.r:
+        what += f", rank {arm.r}, alpha {arm.lora_alpha:g}"
     if arm.rank_pattern:
         what += f", rank_pattern {pattern_text(arm.rank_pattern)}"
     if arm.alpha_pattern:
         what += f", alpha_pattern {pattern_text(arm.alpha_pattern)}"
     if arm.method == "pissa" and not merge:
         what += f", exported as LoRA of rank {2 * arm.r} over the whole base"
-    if not arm.is_full:
+    if arm.r:
         what += f" (scaling {arm.scaling:g}), on {', '.join(arm.target_modules)}"
     return f"""---
 library_name: {"transformers" if merge else "peft"}
 base_model: "{study.model}"
-tags: [lora-sweep{"" if merge else ", lora"}]
+tags: [lora-sweep{", lora" if arm.r and not merge else ""}]
 ---
 # {study.name}: {arm.name}{", merged" if merge else ""}
 
@@ -51,15 +57,16 @@ The claims above rest on all confirm seeds of the study; the table is this one t
 To load it, in this folder:
 
 ```python
-{loading(study.model, len(prepared.labels) if classify else None, merge)}
+{loading(study.model, len(prepared.labels) if classify else None, merge, arm.r > 0 and arm.prefix_length > 0)}
 ```
 """
 
 
-def loading(model: str, labels: int | None, merge: bool) -> str:
+def loading(model: str, labels: int | None, merge: bool, prefix_below: bool = False) -> str:
     """The program that loads an export with transformers and PEFT alone, run in its folder.
 
-    labels: their number where rows are classified, else None.
+    labels: their number where rows are classified, else None. prefix_below: the folder holds LoRA, and one below it a
+    prefix.
     """
     auto = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
     if merge:
@@ -77,7 +84,14 @@ def loading(model: str, labels: int | None, merge: bool) -> str:
             "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
             "base.config.pad_token_id = tokenizer.pad_token_id",
         ]
-    return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".")'])
+    if not prefix_below:
+        return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".")'])
+    lines += [
+        "# PEFT has no adapter that is LoRA and a prefix: LoRA is merged, then the prefix put before it.",
+        'merged = PeftModel.from_pretrained(base, ".").merge_and_unload()',
+        f'model = PeftModel.from_pretrained(merged, "{SUBFOLDER}")',
+    ]
+    return "\n".join(lines)
 
 
 def _base(model: str) -> tuple[list[str], str, str]:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from sweep import __version__
 from sweep.adapters.card import model_card
 from sweep.adapters.merge import as_plain_lora, merged_weight
+from sweep.adapters.prompt import SUBFOLDER, write_prompt
 from sweep.lora.adapter import adaptable_modules, install, remove
 from sweep.lora.methods import is_conv1d
+from sweep.lora.prefix import PROMPT
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
@@ -72,7 +74,7 @@ def export(
         if merge:
             _write_merged(base, trial.spec.arm, weights, half)
         else:
-            _write_adapter(base, study, trial.spec.arm, weights, half)
+            _write_adapters(base, study, trial.spec.arm, weights, half)
         with quiet():
             load_tokenizer(place).save_pretrained(half)
         (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
@@ -80,7 +82,7 @@ def export(
         difference = _check_in_fresh_process(
             half, place, study.task, record.prepared, merge, batch, ours, data.pad_token_id
         )
-        for file in half.iterdir():
+        for file in (path for path in half.rglob("*") if path.is_file()):
             file.chmod(0o644)  # safetensors writes for the owner alone
         shutil.rmtree(to, ignore_errors=True)
         os.replace(half, to)
@@ -97,6 +99,8 @@ def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
         )
     if spec.arm.is_full and not merge:
         raise ExportError("full fine-tuning has no adapter; add --merge for the whole model")
+    if spec.arm.prefix_length and merge:
+        raise ExportError("a prefix stands before the input, so no weight can hold it; export without --merge")
     folder = Path(spec.folder) / trial.last.checkpoint
     if not (folder / WEIGHTS).exists():
         raise ExportError(f"trial {spec.number} ({spec.arm.name}) kept no weights; export one of its confirm trials")
@@ -126,6 +130,20 @@ def _logits_with(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch)
         remove(base.model, pack)
 
 
+def _write_adapters(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:
+    """A LoRA adapter, or a prefix, or the one with the other in a folder below it."""
+    adapted = list(target_layers(base.model, base.head, arm.target_modules).values())
+    if arm.r and arm.prefix_length and _tied_end(base.model, adapted):
+        raise ExportError(
+            "PEFT loads a prefix behind LoRA once LoRA is merged, and merged into one end of tied embeddings LoRA "
+            "changes both; export an arm whose modules are not the embeddings"
+        )
+    if arm.r:
+        _write_adapter(base, study, arm, {name: t for name, t in weights.items() if name != PROMPT}, to)
+    if arm.prefix_length:
+        write_prompt(base, study.model, _saved_modules(base), weights, to / SUBFOLDER if arm.r else to)
+
+
 def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:
     """PEFT's format: its own LoraConfig writes the config; every key carries the prefix `base_model.model.`."""
     from peft import LoraConfig, TaskType
@@ -148,7 +166,7 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
         use_dora=arm.method == "dora",
         fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
         lora_dropout=study.train.dropout,
-        modules_to_save=sorted({_saved_module(name) for name in base.head}) or None,
+        modules_to_save=_saved_modules(base),
         inference_mode=True,
     )
     config.save_pretrained(str(to))
@@ -178,10 +196,16 @@ def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], to: Path) ->
 
 def _untie(model: Any, adapted: list[nn.Module]) -> None:
     """An adapter on tied embeddings changes the look-up alone (or the output alone), so merged they differ."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if ends[1] is not None and ends[0].weight is ends[1].weight and any(end in adapted for end in ends):
-        ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+    if _tied_end(model, adapted):
+        output = model.get_output_embeddings()
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
+
+
+def _tied_end(model: Any, adapted: list[nn.Module]) -> bool:
+    """Whether one of the adapted layers shares its weights between the input and the output."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return ends[1] is not None and ends[0].weight is ends[1].weight and any(end in adapted for end in ends)
 
 
 def _endings(base: Base, arm: Arm) -> list[str]:
@@ -192,9 +216,10 @@ def _endings(base: Base, arm: Arm) -> list[str]:
     return endings if named == set(targets) else sorted(targets)
 
 
-def _saved_module(head: str) -> str:
-    first = head.split(".")[0]
-    return first if first in HEAD_NAMES else head
+def _saved_modules(base: Base) -> list[str] | None:
+    """The head's modules as PEFT names them."""
+    firsts = {name: name.split(".")[0] for name in base.head}
+    return sorted({first if first in HEAD_NAMES else name for name, first in firsts.items()}) or None
 
 
 def few_rows(data: TokenisedData) -> Batch:

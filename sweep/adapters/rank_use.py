@@ -71,8 +71,8 @@ def measure_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str
     if record.prepared is None:
         raise RankUseError(f"study {study.name} has no prepared model and data; run it first")
     trained = {arm: _trained(confirm_trials(record, arm)) for arm in study.list_arms()}
-    trained = {arm: trials for arm, trials in trained.items() if trials}
-    chosen = [arm for arm in confirmed_of_ranks(study, record).values() if arm in trained]
+    trained = {arm: trials for arm, trials in trained.items() if trials and (arm.r or arm.is_full)}
+    chosen = [a for a in confirmed_of_ranks(study, record).values() if a in trained and not a.prefix_length]
     if not chosen:
         raise RankUseError(f"study {study.name} has no complete confirm trial of LoRA whose weights are kept")
     setup = study.setup(str(cache))

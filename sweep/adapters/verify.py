@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +35,16 @@ def largest_difference(question: dict[str, Any]) -> float:
         if classify:
             base.config.pad_token_id = question["pad_token_id"]
         model = PeftModel.from_pretrained(base, question["folder"])
+        prefix = Path(question["folder"]) / "prefix"  # of an adapter that is LoRA and a prefix
+        if prefix.exists():
+            merged = torch.nn.Module.double(model).merge_and_unload()
+            model = PeftModel.from_pretrained(merged, str(prefix))
     expected = load_file(question["expected"])
     torch.nn.Module.double(model.eval())  # transformers' own refuses for models read from GGUF files
     with torch.no_grad():
         logits = model(input_ids=expected["input_ids"], attention_mask=expected["mask"]).logits
+    if not classify:  # behind a prefix, whose own are left out
+        logits = logits[:, -expected["mask"].shape[1] :]
     difference = (logits - expected["logits"]).abs()
     if not classify:
         difference = difference[expected["mask"].bool()]

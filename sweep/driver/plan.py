@@ -29,14 +29,14 @@ class Slot:
 def search_slots(study: Study) -> tuple[Slot, ...]:
     """Every arm with each of its learning rates.
 
-    A grid goes rank by rank, so that packs have few ranks. A sampler learns from an arm's earlier rates: first rates
-    of all arms first. Full fine-tuning comes last.
+    A grid goes rank by rank, so that packs have few ranks, and trials with a prefix, which share no trunk, behind those
+    without. A sampler learns from an arm's earlier rates: first rates of all arms first. Full fine-tuning comes last.
     """
     grid = study.search.sampler == "grid"
     cells = []
     for place, arm in enumerate(study.list_arms()):
         for draw, rate in enumerate(rate_values(study.rates(arm))):
-            order = (arm.is_full, arm.r, draw, place) if grid else (arm.is_full, draw, place)
+            order = (arm.is_full, arm.prefix_length, arm.r, draw, place) if grid else (arm.is_full, draw, place)
             cells.append((order, arm, draw, rate if grid else None))
     return tuple(
         Slot(index, search_slot(arm, draw), SEARCH, arm, draw, rate, study.search.seed)

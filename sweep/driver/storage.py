@@ -20,7 +20,7 @@ from sweep.driver.interrupts import uninterrupted
 from sweep.driver.plan import rate_bounds
 from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.sampling import RATE
-from sweep.study.arms import FULL, Arm, pattern_text
+from sweep.study.arms import Arm, pattern_text
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED
 from sweep.study.schema import Study
 
@@ -155,20 +155,21 @@ def _trial_id(ledger: Ledger, number: int) -> int:
 
 
 def _params(arm: Arm, rate: float) -> dict[str, int | float | str]:
-    """Full fine-tuning has rank and ratio 0, so that the columns stay numbers."""
+    """Full fine-tuning and prefixes alone have rank and ratio 0, so that the columns stay numbers."""
     return {
         "rank": arm.r,
         "alpha_ratio": arm.alpha_ratio,
         RATE: rate,
         "method": arm.method,
         "target_modules": _modules(arm),
+        "prefix_length": arm.prefix_length,
         "rank_pattern": pattern_text(arm.rank_pattern),
         "alpha_pattern": pattern_text(arm.alpha_pattern),
     }
 
 
 def _modules(arm: Arm) -> str:
-    return FULL if arm.is_full else "+".join(arm.target_modules)
+    return "+".join(arm.target_modules) or arm.method
 
 
 def _distributions(study: Study) -> dict[str, BaseDistribution]:
@@ -185,8 +186,10 @@ def _distributions(study: Study) -> dict[str, BaseDistribution]:
         space["method"] = CategoricalDistribution(list(dict.fromkeys(arm.method for arm in arms)))
     if len(study.arms.target_modules) > 1:
         space["target_modules"] = CategoricalDistribution(list(dict.fromkeys(_modules(arm) for arm in arms)))
+    if study.arms.prefix_length:
+        space["prefix_length"] = IntDistribution(0, max(study.arms.prefix_length))
     for name in ("rank_pattern", "alpha_pattern"):
-        patterns = list(dict.fromkeys(pattern_text(getattr(arm, name)) for arm in arms if not arm.is_full))
+        patterns = list(dict.fromkeys(pattern_text(getattr(arm, name)) for arm in arms if arm.r))
         if len(patterns) > 1:
             space[name] = CategoricalDistribution(list(dict.fromkeys(["", *patterns])))
     return space

@@ -1,7 +1,8 @@
 """Adapters of single trials, and packs of them on one frozen model.
 
 A trial's state is a dict of tensors under PEFT's names: `<module>.lora_A.weight` (r, in), `<module>.lora_B.weight`
-(out, r), and the head's own `<module>.weight`, `<module>.bias`. A pack stacks K such states over the model's layers.
+(out, r), the head's own `<module>.weight`, `<module>.bias`, and a prefix's `prompt_embeddings` (p, hidden size).
+A pack stacks K such states over the model's layers.
 
 Shapes: K trials in the pack, G trials of one stack, P elements a trial in a flat buffer.
 """
@@ -27,6 +28,7 @@ from sweep.lora.layers import (
 )
 from sweep.lora.methods import DORA, PISSA, State, is_adaptable, tensor_names
 from sweep.lora.passes import ForwardPass, layer_key
+from sweep.lora.prefix import PROMPT, Prefix, put_before_tokens
 from sweep.lora.trunk import share_trunk
 
 
@@ -42,6 +44,7 @@ class Adapter:
     method: str = "lora"
     ranks: Mapping[str, int] = field(default_factory=dict)
     scalings: Mapping[str, float] = field(default_factory=dict)
+    prefix_length: int = 0  # of the embeddings that it puts before a row's tokens
 
     def rank_at(self, module: str) -> int:
         return self.ranks.get(module, self.r)
@@ -108,7 +111,7 @@ def pack_order(adapters: Sequence[Adapter]) -> list[int]:
 
     def place(i: int) -> tuple[object, ...]:
         adapter = adapters[i]
-        return adapter.modules, adapter.kind, adapter.r, sorted(adapter.ranks.items()), i
+        return adapter.modules, adapter.kind, adapter.r, sorted(adapter.ranks.items()), adapter.prefix_length, i
 
     return sorted(range(len(adapters)), key=place)
 
@@ -124,7 +127,10 @@ def install(model: nn.Module, adapters: Sequence[Adapter], head: Sequence[str], 
     try:
         _replace_layers(model, adapters, head, pack)
         adapted = [name for name, module in pack.replaced if name not in head]
-        pack.hooks += share_trunk(model, adapted, pack.forward_pass)
+        if any(adapter.prefix_length for adapter in adapters):  # no two trials' rows are the same
+            pack.hooks += put_before_tokens(model, _prefixes(pack), len(adapters))
+        else:
+            pack.hooks += share_trunk(model, adapted, pack.forward_pass)
     except BaseException:  # out of memory, or an interrupt: the next pack must find the base as it was
         remove(model, pack)
         raise
@@ -143,6 +149,7 @@ def _replace_layers(model: nn.Module, adapters: Sequence[Adapter], head: Sequenc
             wanted += [("A", f"{name}.{A_name}", start, stop), ("B", f"{name}.{B_name}", start, stop)]
             if adapters[start].kind == DORA:
                 wanted.append(("other", f"{name}.lora_magnitude_vector", start, stop))
+    wanted += [("other", PROMPT, *span) for span in _runs([adapter.prefix_length or None for adapter in adapters])]
     for name in head:
         wanted.append(("other", f"{name}.weight", 0, len(adapters)))
         if getattr(layers[name], "bias", None) is not None:
@@ -200,9 +207,18 @@ def _packed_kind(layer: nn.Module) -> type[PackedLayer]:
 
 def _runs_of_one_rank(adapters: Sequence[Adapter], name: str) -> list[tuple[int, int]]:
     """(start, stop) of neighbouring trials that adapt module `name` by one kind of method with one rank."""
-    keys = [(a.kind, a.rank_at(name)) if name in a.modules else None for a in adapters]
+    return _runs([(a.kind, a.rank_at(name)) if name in a.modules else None for a in adapters])
+
+
+def _runs(keys: Sequence[object]) -> list[tuple[int, int]]:
+    """(start, stop) of neighbours with one key; None is no key."""
     runs = [(key, [i for i, _ in group]) for key, group in itertools.groupby(enumerate(keys), key=lambda pair: pair[1])]
     return [(members[0], members[-1] + 1) for key, members in runs if key is not None]
+
+
+def _prefixes(pack: Pack) -> list[Prefix]:
+    stacks = [stack for flat in pack.flats for stack in flat.stacks if stack.name == PROMPT]
+    return [Prefix(s.start, s.stop, s.tensor) for s in sorted(stacks, key=lambda stack: stack.start)]
 
 
 def _flatten(

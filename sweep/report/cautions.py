@@ -39,7 +39,7 @@ def cautions(
             f"{_called(study, result)}'s test loss is {number(-pairs.mean, decimals)} lower than that of the "
             f"recommended arm ({sure}), more than ε = {epsilon:g}."
         )
-    lora = [r for r in results if r.seeds and not r.arm.is_full]
+    lora = [r for r in results if r.seeds and r.arm.r]
     reference = next((r for r in lora if r.verdict == REFERENCE), None)
     others = [r.loss_mean for r in lora if r.verdict != REFERENCE]
     if reference is not None and others and reference.loss_mean > max(others):

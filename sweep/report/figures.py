@@ -22,6 +22,7 @@ from sweep.report.style import (
     GREEN,
     INK,
     ORANGE,
+    PURPLE,
     SERIES,
     SKY,
     SOFT,
@@ -29,6 +30,7 @@ from sweep.report.style import (
     VERMILION,
     grid_of,
     hide_empty,
+    legend_columns,
     loss_axis,
     new_figure,
     rank_axis,
@@ -43,7 +45,7 @@ from sweep.tracking.journal import StudyRecord
 
 MOST_CURVES = 12  # panels of learning curves that still can be read
 MOST_NAMES = 8  # points that still can all be named
-OTHERS = tuple(colour for colour in SERIES if colour != VERMILION)  # which is the recommended arm's
+OTHERS = tuple(c for c in SERIES if c not in (VERMILION, PURPLE))  # which are the recommended arm's and prefixes'
 NEAR = 0.25  # of the range: a line no further outside it is still drawn
 KINDS = (("weights", BLUE), ("gradients", ORANGE), ("optimizer", GREEN), ("activations", SKY))
 
@@ -70,7 +72,8 @@ def draw(figure: Callable[..., tuple[Figure, Drawn] | None], to: Path, *args: ob
 
 
 def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
-    results = [r for r in findings.arms if r.seeds and not r.arm.is_full]
+    results = [r for r in findings.arms if r.seeds and r.arm.r]
+    prefixes = [r for r in findings.arms if r.seeds and not r.arm.r and not r.arm.is_full]
     if not results:
         return None
     figure = new_figure(3.7)
@@ -85,6 +88,9 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
             axes.axhspan(full.loss_low, full.loss_high, color="#e4e4e4", lw=0)
         axes.axhline(full.loss_mean, color=SOFT, lw=1.2)
         named.append((full.loss_mean, "full fine-tuning", SOFT))
+    for result in prefixes:
+        axes.axhline(result.loss_mean, color=PURPLE, lw=1.2, ls=(0, (6, 2, 1, 2)))
+        named.append((result.loss_mean, result.arm.group, PURPLE))
     reference = findings.result(findings.reference)
     if reference is not None:
         limit = reference.loss_mean + study.confirm.epsilon
@@ -111,8 +117,8 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
     if crowded:
         for i, line in enumerate(lines):
             axes.plot([], [], "o-", lw=2, color=OTHERS[i % len(OTHERS)], label=line)
-        figure.legend(loc="outside upper left", ncols=min(3, len(lines)), fontsize=8.5, handlelength=1.6)
-    lowest = min([_low(r) for r in results] + ([_low(full)] if full else []))
+        figure.legend(loc="outside upper left", ncols=legend_columns(lines, 3), fontsize=8.5, handlelength=1.6)
+    lowest = min([_low(r) for r in results] + ([_low(full)] if full else []) + [r.loss_mean for r in prefixes])
     highest = max([_high(r) for r in results] + [y for y, _, _ in named])
     chance, beyond = findings.chance_loss, ""
     if chance is not None:
@@ -137,6 +143,7 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
         "t-interval"
         + (", and each seed as a faint dot" if not crowded else "")
         + ("; the grey line and band are full fine-tuning's mean and interval" if full else "")
+        + ("; the lines of dashes and dots are means of prefixes alone, which have no rank" if prefixes else "")
         + (", the dashed line the loss that ε allows." if reference else ".")
         + beyond,
         f"Test loss against rank on a log scale, with 95 % intervals. Means: {values}.",

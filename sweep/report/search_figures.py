@@ -14,7 +14,17 @@ from matplotlib.patches import Rectangle
 from sweep.report.figures import Drawn
 from sweep.report.results import Findings
 from sweep.report.search import SearchRow, search_trials
-from sweep.report.style import SERIES, SOFT, VERMILION, grid_of, hide_empty, loss_axis, new_figure, readable_log
+from sweep.report.style import (
+    SERIES,
+    SOFT,
+    VERMILION,
+    grid_of,
+    hide_empty,
+    legend_columns,
+    loss_axis,
+    new_figure,
+    readable_log,
+)
 from sweep.report.words import apart, rate
 from sweep.study.arms import Arm, pattern_text
 from sweep.study.records import COMPLETE, DIVERGED, PRUNED
@@ -23,7 +33,7 @@ from sweep.tracking.journal import StudyRecord, TrialRecord
 
 
 def rank_by_ratio(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
-    rows = [row for row in findings.search if not row.arm.is_full and row.trials]
+    rows = [row for row in findings.search if row.arm.r and row.trials]
     scores = [row.best_loss for row in rows if row.best_loss is not None]
     if not scores:
         return None
@@ -63,9 +73,9 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
     if not losses:
         return None
     panels_of: dict[str, list[Arm]] = {}
-    for arm in sorted(arms, key=lambda a: (a.is_full, a.r)):
+    for arm in sorted(arms, key=lambda a: (a.is_full, a.prefix_length, a.r)):
         panels_of.setdefault(arm.group, []).append(arm)
-    lines = sorted({apart(a, arms) for a in arms if not a.is_full}) or [""]
+    lines = sorted({apart(a, arms) for a in arms if a.r}) or [""]
     rows, columns = grid_of(len(panels_of))
     figure = new_figure(0.85 + 2.05 * rows)
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).ravel())
@@ -78,7 +88,7 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
         _rate_ticks(axes, sorted(set(tried)))
         for i, arm in enumerate(here):
             aside = air ** (1.2 * (i - (len(here) - 1) / 2) / len(here))  # equal rates side by side, not on one another
-            colour = SOFT if arm.is_full else SERIES[lines.index(apart(arm, arms)) % len(SERIES)]
+            colour = SERIES[lines.index(apart(arm, arms)) % len(SERIES)] if arm.r else SOFT
             _rates(axes, search_trials(record, arm.name), colour, arm.name in edges, max(losses), aside)
         axes.set_title(title)
     hide_empty(panels, len(panels_of), columns)
@@ -95,7 +105,7 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
         "Validation loss of every search trial where it ended: filled at the last rung, hollow at an earlier rung "
         "where it was pruned and so not comparable, a cross where it diverged; a ring marks a best rate on the edge of "
         "its range.",
-        f"Validation loss against learning rate, one panel for each rank.{on_edge}",
+        f"Validation loss against learning rate, one panel for each of {', '.join(panels_of)}.{on_edge}",
     )
 
 
@@ -106,6 +116,7 @@ def _groups(rows: Sequence[SearchRow]) -> dict[str, list[SearchRow]]:
         shared = [row.arm.method, " + ".join(row.arm.target_modules)]
         patterns = (("rank_pattern", row.arm.rank_pattern), ("alpha_pattern", row.arm.alpha_pattern))
         shared += [f"{name} {pattern_text(pattern)}" for name, pattern in patterns if pattern]
+        shared += [f"prefix {row.arm.prefix_length}"] if row.arm.prefix_length else []
         groups.setdefault(", ".join(shared), []).append(row)
     return groups
 
@@ -161,7 +172,7 @@ def _legend(figure: Figure, axes: Axes, lines: Sequence[str]) -> None:
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=min(4 if len(handles) > 5 else 5, len(handles)),
+        ncols=legend_columns([str(handle.get_label()) for handle in handles], 4 if len(handles) > 5 else 5),
         fontsize=8.5,
         handlelength=1.6,
         columnspacing=1.4,

@@ -26,6 +26,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
 INK, SOFT, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+LEGEND_CHARACTERS = 100  # of a legend's text in a row
 WIDTH = 6.2  # inches: text stays readable on a phone and is no larger than the report's on a screen
 DPI = 150
 STYLE: dict[str, Any] = {
@@ -56,6 +57,12 @@ STYLE: dict[str, Any] = {
 def new_figure(height: float, width: float = WIDTH) -> Figure:
     with rc_context(STYLE):
         return Figure(figsize=(width, height))
+
+
+def legend_columns(labels: Sequence[str], most: int) -> int:
+    """How many entries of a legend above the axes fit beside one another."""
+    longest = max((len(label) for label in labels), default=0)
+    return max(1, min(most, len(labels), LEGEND_CHARACTERS // (longest + 5)))  # 5: the handle and the gap
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -42,6 +42,7 @@ TRIAL_COLUMNS = [
     "target_modules",
     "rank_pattern",
     "alpha_pattern",
+    "prefix_length",
     "learning_rate",
     "seed",
     "steps",
@@ -153,6 +154,14 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
     for name, pattern in (("Rank pattern", shared.rank_pattern), ("Alpha pattern", shared.alpha_pattern)):
         if pattern and not isinstance(getattr(study.arms, name.lower().replace(" ", "_")), list):
             facts.append((name, f"{pattern_text(pattern)}, in every LoRA arm"))
+    if study.arms.prefix_length:
+        facts.append(
+            (
+                "Prefixes",
+                "embeddings before the input, begun as entries of the vocabulary that the seed draws; padding and "
+                "prefixes are not counted as tokens",
+            )
+        )
     plus = f", lora+ with B {train.loraplus_lr_ratio:g} times as fast as A" if "lora+" in study.arms.method else ""
     optimizer = "AdamW" if train.optimizer == "adamw" else f"SGD with momentum {train.betas[0]:g}"
     facts += [
@@ -241,20 +250,21 @@ def _figures(values: Mapping[str, object]) -> str:
 
 def _trial(trial: TrialRecord) -> dict[str, object]:
     spec, last = trial.spec, trial.last
-    full, trained = spec.arm.is_full, trial.train_curve
+    lora, trained = spec.arm.r > 0, trial.train_curve
     row: dict[str, object] = {
         "number": spec.number,
         "phase": spec.phase,
         "state": trial.state or "unfinished",
         "arm": spec.arm.name,
         "method": spec.arm.method,
-        "rank": "" if full else spec.arm.r,
-        "alpha_ratio": "" if full else spec.arm.alpha_ratio,
-        "lora_alpha": "" if full else spec.arm.lora_alpha,
-        "scaling": "" if full else spec.arm.scaling,
+        "rank": spec.arm.r if lora else "",
+        "alpha_ratio": spec.arm.alpha_ratio if lora else "",
+        "lora_alpha": spec.arm.lora_alpha if lora else "",
+        "scaling": spec.arm.scaling if lora else "",
         "target_modules": "+".join(spec.arm.target_modules),
         "rank_pattern": pattern_text(spec.arm.rank_pattern),
         "alpha_pattern": pattern_text(spec.arm.alpha_pattern),
+        "prefix_length": spec.arm.prefix_length or "",
         "learning_rate": spec.learning_rate,
         "seed": spec.seed,
         "steps": trial.step,

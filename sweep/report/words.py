@@ -104,8 +104,8 @@ def plural(n: int, word: str) -> str:
 
 
 def arm_title(arm: Arm, arms: Sequence[Arm]) -> str:
-    """ "rank 4, alpha ratio 2" or "full fine-tuning"; more where it takes more to tell it from the others."""
-    return "full fine-tuning" if arm.is_full else f"rank {arm.r}, {apart(arm, arms)}"
+    """ "rank 4, alpha ratio 2", "prefix 4", "full fine-tuning"; more where it takes more to tell it from the others."""
+    return f"rank {arm.r}, {apart(arm, arms)}" if arm.r else arm.group
 
 
 def apart(arm: Arm, arms: Sequence[Arm]) -> str:
@@ -115,8 +115,8 @@ def apart(arm: Arm, arms: Sequence[Arm]) -> str:
 
 def cost_title(arm: Arm, arms: Sequence[Arm]) -> str:
     """The arms that cost the same, whatever their alpha."""
-    if arm.is_full:
-        return "full fine-tuning"
+    if not arm.r:
+        return arm.group
     parts = [part for part in _varied(arm, arms) if not part.startswith("alpha_pattern")]
     return ", ".join([f"rank {arm.r}", *parts])
 
@@ -127,8 +127,10 @@ def without_paths(text: str) -> str:
 
 
 def _varied(arm: Arm, arms: Sequence[Arm]) -> list[str]:
-    lora = [a for a in arms if not a.is_full]
+    lora = [a for a in arms if a.r]
     parts = [arm.method] if arm.method != "lora" or len({a.method for a in lora}) > 1 else []
+    if arm.prefix_length:
+        parts = [f"with prefix {arm.prefix_length}"]
     if len({a.target_modules for a in lora}) > 1:
         parts.append("+".join(arm.target_modules))
     for name in ("rank_pattern", "alpha_pattern"):

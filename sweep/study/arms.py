@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-FULL = "full"
+FULL, PREFIX, LORA_PREFIX = "full", "prefix", "lora+prefix"
 ALL_LINEAR = "all-linear"
 RankPattern = tuple[
     tuple[str, int], ...
@@ -20,7 +20,8 @@ AlphaPattern = tuple[tuple[str, float], ...]  # the same with lora_alpha
 class Arm:
     """One setting of the scientific hyperparameters.
 
-    For full fine-tuning `method` is "full", `r` and `alpha_ratio` are 0 and `target_modules` is empty.
+    For full fine-tuning `method` is "full", for prefix tuning alone "prefix"; there `r` and `alpha_ratio` are 0 and
+    `target_modules` is empty.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Arm:
     target_modules: tuple[str, ...]  # module-name endings, or ("all-linear",)
     rank_pattern: RankPattern = ()
     alpha_pattern: AlphaPattern = ()
+    prefix_length: int = 0  # trained embeddings before the input
 
     @property
     def is_full(self) -> bool:
@@ -42,7 +44,7 @@ class Arm:
     @property
     def scaling(self) -> float:
         """The factor on B·A at the layers that no pattern names."""
-        return 0.0 if self.is_full else self._scaling(self.lora_alpha, self.r)
+        return self._scaling(self.lora_alpha, self.r) if self.r else 0.0
 
     def rank_at(self, module: str) -> int:
         """The rank at a layer, by its full name."""
@@ -63,15 +65,19 @@ class Arm:
         """
         if self.is_full:
             return "full fine-tuning"
-        return f"rank {self.r}" + (f" with {pattern_text(self.rank_pattern)}" if self.rank_pattern else "")
+        parts = [f"rank {self.r}"] if self.r else []
+        if self.rank_pattern:
+            parts[0] += f" with {pattern_text(self.rank_pattern)}"
+        return " and ".join([*parts, f"prefix {self.prefix_length}"] if self.prefix_length else parts)
 
     @property
     def cost_key(self) -> str:
         """Arms with one key cost the same: alpha is a factor and changes neither parameters, memory nor time."""
         if self.is_full:
             return FULL
-        key = f"r{self.r}-{self.method}-{'+'.join(self.target_modules)}"
-        return key + (f"-{pattern_text(self.rank_pattern)}" if self.rank_pattern else "")
+        parts = [f"r{self.r}"] if self.r else []
+        parts += [self.method, "+".join(self.target_modules), pattern_text(self.rank_pattern)]
+        return "-".join(filter(None, [*parts, f"p{self.prefix_length}" if self.prefix_length else ""]))
 
     def _scaling(self, alpha: float, r: int) -> float:
         """alpha / r (LoRA, arXiv 2106.09685 §4.1) or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
@@ -101,13 +107,17 @@ def lora_arms(
     target_modules: list[tuple[str, ...]],
     rank_patterns: Sequence[RankPattern] = ((),),
     alpha_patterns: Sequence[AlphaPattern] = ((),),
+    prefix_lengths: Sequence[int] = (),
 ) -> tuple[Arm, ...]:
-    """Every combination, smallest rank first. Names tell of method, modules and patterns where the study varies them;
-    an empty pattern is not named.
+    """Every combination, smallest rank first, and the lengths of method `prefix`, which has no rank, last.
+
+    Names tell of method, modules, patterns and lengths where the study varies them; an empty pattern is not named.
     """
-    arms = []
-    for r, modules, rank_pattern, alpha_pattern, method, ratio in product(
-        sorted(ranks), target_modules, rank_patterns, alpha_patterns, methods, sorted(alpha_ratios)
+    arms, kinds = [], []
+    for method in methods:
+        kinds += [(method, p) for p in (sorted(prefix_lengths) if method == LORA_PREFIX else (0,)) if method != PREFIX]
+    for r, modules, rank_pattern, alpha_pattern, (method, p), ratio in product(
+        sorted(ranks), target_modules, rank_patterns, alpha_patterns, kinds, sorted(alpha_ratios)
     ):
         name = f"r{r}-ratio{ratio:g}"
         if len(methods) > 1:
@@ -118,11 +128,18 @@ def lora_arms(
             name += f"-{pattern_text(rank_pattern)}"
         if len(alpha_patterns) > 1 and alpha_pattern:
             name += f"-alpha:{pattern_text(alpha_pattern)}"
-        arms.append(Arm(name, method, r, float(ratio), modules, rank_pattern, alpha_pattern))
+        if len(prefix_lengths) > 1 and p:
+            name += f"-p{p}"
+        arms.append(Arm(name, method, r, float(ratio), modules, rank_pattern, alpha_pattern, p))
+    for p in sorted(prefix_lengths) if PREFIX in methods else ():
+        arms.append(Arm(f"{PREFIX}-p{p}" if len(prefix_lengths) > 1 else PREFIX, PREFIX, 0, 0.0, (), prefix_length=p))
     return tuple(arms)
 
 
 def arms_of_ranks(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms that a rank stands for when ranks are compared: those of one rank throughout, where there are any."""
-    lora = [arm for arm in arms if not arm.is_full]
-    return [arm for arm in lora if not arm.rank_pattern] or lora
+    """The arms that stand for their rank when ranks are compared: LoRA alone, of one rank throughout, where there are
+    such arms.
+    """
+    lora = [arm for arm in arms if arm.r]
+    alone = [arm for arm in lora if not arm.prefix_length] or lora
+    return [arm for arm in alone if not arm.rank_pattern] or alone

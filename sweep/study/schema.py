@@ -3,92 +3,32 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, model_validator
 
-from sweep.study.arms import ALL_LINEAR, Arm, full_arm, lora_arms
+from sweep.study.arms import ALL_LINEAR, LORA_PREFIX, PREFIX, Arm, full_arm, lora_arms
 from sweep.study.records import DataSettings, Setup, TrainSettings
+from sweep.study.values import (
+    AlphaPatterns,
+    Count,
+    Fraction,
+    Modules,
+    Part,
+    Positive,
+    RankPatterns,
+    has_repeats,
+    one_of,
+    patterns,
+)
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 Task = Literal["sequence-classification", "causal-lm"]
-Number = TypeVar("Number", int, float)
+Method = Literal["lora", "rslora", "lora+", "dora", "pissa", "prefix", "lora+prefix"]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-def _shape(value: Any) -> str | None:
-    """Which branch of a union a YAML value is meant for, so that errors speak of that branch alone."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return "number"
-    if isinstance(value, str):
-        return None if _is_number(value) else "text"
-    if isinstance(value, list):
-        return "list"
-    return "mapping" if isinstance(value, dict | BaseModel) else None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _has_repeats(values: Sequence[Hashable]) -> bool:
-    return len(set(values)) < len(values)
-
-
-def _modules_shape(value: Any) -> str | None:
-    return "text" if value == ALL_LINEAR else "list" if isinstance(value, list) else None
-
-
-def _one_of(message: str, shape: Callable[[Any], str | None] = _shape) -> Discriminator:
-    return Discriminator(shape, custom_error_type="wrong_shape", custom_error_message=message)
-
-
-# A share of the rows, or the name of a split that the source has.
-Part = Annotated[
-    Annotated[Fraction, Tag("number")] | Annotated[str, Field(min_length=1), Tag("text")],
-    _one_of("must be a fraction between 0 and 1, or the name of a split"),
-]
-Modules = Annotated[
-    Annotated[Literal["all-linear"], Tag("text")]
-    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Tag("list")],
-    _one_of("each entry is a list of module-name endings, as in [[query, value]], or all-linear", _modules_shape),
-]
-
-
-def _is_regex(key: str) -> str:
-    try:
-        re.compile(key)
-    except re.error as error:
-        raise ValueError(
-            f"{key!r} is no regular expression ({error}); write dots of module names as they are"
-        ) from None
-    return key
-
-
-ModuleKey = Annotated[str, Field(min_length=1), AfterValidator(_is_regex)]
-RankPatterns = Annotated[
-    Annotated[dict[ModuleKey, Count], Tag("mapping")]
-    | Annotated[list[dict[ModuleKey, Count]], Field(min_length=1), Tag("list")],
-    _one_of("must be a mapping of module names to ranks, or a list of such mappings, {} for one rank throughout"),
-]
-AlphaPatterns = Annotated[
-    Annotated[dict[ModuleKey, Positive], Tag("mapping")]
-    | Annotated[list[dict[ModuleKey, Positive]], Field(min_length=1), Tag("list")],
-    _one_of("must be a mapping of module names to lora_alpha, or a list of such mappings, {} for one throughout"),
-]
 
 
 class Data(Strict):
@@ -119,29 +59,36 @@ class Data(Strict):
 class Arms(Strict):
     rank: Annotated[list[Count], Field(min_length=1)]
     alpha_ratio: Annotated[list[Positive], Field(min_length=1)]
-    method: Annotated[list[Literal["lora", "rslora", "lora+", "dora", "pissa"]], Field(min_length=1)] = ["lora"]
+    method: Annotated[list[Method], Field(min_length=1)] = ["lora"]
     target_modules: Annotated[list[Modules], Field(min_length=1)] = ["all-linear"]
     rank_pattern: RankPatterns = {}  # as in PEFT: module name, ending or regular expression -> rank
     alpha_pattern: AlphaPatterns = {}  # … -> lora_alpha
+    prefix_length: list[Count] = []  # of methods prefix and lora+prefix: trained embeddings before the input
     full_finetuning: bool = True
 
     def repeats(self) -> Iterator[tuple[str, str]]:
         """What would make an arm appear twice: (field, message)."""
-        for name in ("rank", "alpha_ratio", "method"):
-            if _has_repeats(getattr(self, name)):
+        for name in ("rank", "alpha_ratio", "method", "prefix_length"):
+            if has_repeats(getattr(self, name)):
                 yield name, "holds a value twice: each combination is one arm"
-        if _has_repeats([frozenset([ALL_LINEAR] if x == ALL_LINEAR else x) for x in self.target_modules]):
+        if has_repeats([frozenset([ALL_LINEAR] if x == ALL_LINEAR else x) for x in self.target_modules]):
             yield "target_modules", "names the same modules twice (in any order they are the same arms)"
-        for name, patterns in (
-            ("rank_pattern", _patterns(self.rank_pattern)),
-            ("alpha_pattern", _patterns(self.alpha_pattern)),
+        for name, given in (
+            ("rank_pattern", patterns(self.rank_pattern)),
+            ("alpha_pattern", patterns(self.alpha_pattern)),
         ):
-            if _has_repeats(patterns):
+            if has_repeats(given):
                 yield name, "holds a pattern twice: each combination is one arm"
 
-
-def _patterns(given: dict[str, Number] | list[dict[str, Number]]) -> list[tuple[tuple[str, Number], ...]]:
-    return [tuple(one.items()) for one in (given if isinstance(given, list) else [given])]
+    def mismatches(self) -> Iterator[tuple[str, str]]:
+        """Methods that lack what they need, and needs that no method has: (field, message)."""
+        prefixed = [method for method in self.method if method in (PREFIX, LORA_PREFIX)]
+        if prefixed and not self.prefix_length:
+            yield "prefix_length", f"missing: method {prefixed[0]} needs lengths, as in [4, 16]"
+        if self.prefix_length and not prefixed:
+            yield "prefix_length", "no method uses it: add prefix or lora+prefix to arms.method, or leave it out"
+        if set(self.method) == {PREFIX}:
+            yield "method", "prefix alone has no rank to hold the others against (confirm.reference): add lora"
 
 
 class Range(Strict):
@@ -154,7 +101,7 @@ class Range(Strict):
     def _low_below_high(self) -> Range:
         if self.low > self.high or (self.low == self.high and self.values > 1):
             raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
-        if _has_repeats(self.points()):
+        if has_repeats(self.points()):
             raise ValueError(f"low ({self.low:g}) and high ({self.high:g}) are too close for {self.values} values")
         return self
 
@@ -171,7 +118,7 @@ class Range(Strict):
 
 
 def _no_rate_twice(rates: list[float]) -> list[float]:
-    if _has_repeats(rates):
+    if has_repeats(rates):
         raise ValueError("holds a learning rate twice: every arm is tuned over the same number of different rates")
     return rates
 
@@ -179,17 +126,23 @@ def _no_rate_twice(rates: list[float]) -> list[float]:
 Rates = Annotated[
     Annotated[Range, Tag("mapping")]
     | Annotated[list[Positive], Field(min_length=1), AfterValidator(_no_rate_twice), Tag("list")],
-    _one_of("must be a list of rates, or {low, high, log, values}"),
+    one_of("must be a list of rates, or {low, high, log, values}"),
 ]
 
 
-class TuneFull(Strict):
+class TuneOwn(Strict):
     learning_rate: Rates
 
 
 class Tune(Strict):
     learning_rate: Rates
-    full_finetuning: TuneFull | None = None
+    full_finetuning: TuneOwn | None = None
+    prefix: TuneOwn | None = None  # of method prefix, which wants higher rates; without it, those of the others
+
+    def own(self) -> dict[str, Rates]:
+        """The rates of what has its own, by key."""
+        given = {"full_finetuning": self.full_finetuning, "prefix": self.prefix}
+        return {name: one.learning_rate for name, one in given.items() if one is not None}
 
 
 def _two(betas: list[float]) -> list[float]:
@@ -262,14 +215,23 @@ class Study(Strict):
 
     def list_arms(self) -> tuple[Arm, ...]:
         modules = [(ALL_LINEAR,) if entry == ALL_LINEAR else tuple(entry) for entry in self.arms.target_modules]
-        ranks, alphas = _patterns(self.arms.rank_pattern), _patterns(self.arms.alpha_pattern)
-        arms = lora_arms(self.arms.rank, self.arms.alpha_ratio, list(self.arms.method), modules, ranks, alphas)
+        arms = lora_arms(
+            self.arms.rank,
+            self.arms.alpha_ratio,
+            list(self.arms.method),
+            modules,
+            patterns(self.arms.rank_pattern),
+            patterns(self.arms.alpha_pattern),
+            self.arms.prefix_length,
+        )
         return (*arms, full_arm()) if self.arms.full_finetuning else arms
 
     def rates(self, arm: Arm) -> Range | list[float]:
         """The learning rates, or their range, that `arm` is tuned over."""
         if arm.is_full and self.tune.full_finetuning is not None:
             return self.tune.full_finetuning.learning_rate
+        if arm.method == PREFIX and self.tune.prefix is not None:
+            return self.tune.prefix.learning_rate
         return self.tune.learning_rate
 
     def setup(self, cache: str) -> Setup:
@@ -293,7 +255,7 @@ def cross_checks(sections: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
     arms, tune, train = sections.get("arms"), sections.get("tune"), sections.get("train")
     search, confirm = sections.get("search"), sections.get("confirm")
     if isinstance(arms, Arms):
-        yield from ((("arms", field), message) for field, message in arms.repeats())
+        yield from ((("arms", field), message) for field, message in (*arms.repeats(), *arms.mismatches()))
         if arms.full_finetuning and sections.get("quantization") is not None:
             yield (
                 ("arms", "full_finetuning"),
@@ -321,18 +283,19 @@ def cross_checks(sections: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
                 "missing: full fine-tuning needs its own learning rates (about a tenth of LoRA's), "
                 "or set arms.full_finetuning: false",
             )
-        if tune.full_finetuning is not None:
-            ours = len(rate_values(tune.learning_rate))
-            full = len(rate_values(tune.full_finetuning.learning_rate))
-            if ours != full:
+        if isinstance(arms, Arms) and tune.prefix is not None and PREFIX not in arms.method:
+            yield ("tune", "prefix"), "no arm has these rates: add prefix to arms.method, or leave them out"
+        ours = len(rate_values(tune.learning_rate))
+        for name, rates in tune.own().items():
+            values = len(rate_values(rates))
+            if values != ours:
                 yield (
-                    ("tune", "full_finetuning", "learning_rate"),
-                    f"has {full} values and tune.learning_rate {ours}: every arm gets the same number",
+                    ("tune", name, "learning_rate"),
+                    f"has {values} values and tune.learning_rate {ours}: every arm gets the same number",
                 )
-        if isinstance(search, Search) and search.sampler != "grid":
-            both = [tune.learning_rate] + ([tune.full_finetuning.learning_rate] if tune.full_finetuning else [])
-            if not all(isinstance(rates, Range) for rates in both):
-                yield (
-                    ("tune", "learning_rate"),
-                    f"sampler {search.sampler} draws from a range: give low, high and values, or use sampler: grid",
-                )
+        ranges = all(isinstance(rates, Range) for rates in (tune.learning_rate, *tune.own().values()))
+        if isinstance(search, Search) and search.sampler != "grid" and not ranges:
+            yield (
+                ("tune", "learning_rate"),
+                f"sampler {search.sampler} draws from a range: give low, high and values, or use sampler: grid",
+            )

@@ -38,7 +38,9 @@ def trial_params(spec: TrialSpec) -> list[Param]:
     words = {"arm": arm.name, "phase": spec.phase, "seed": str(spec.seed), "method": arm.method}
     words |= {name: json.dumps(dict(pattern)) for name, pattern in patterns.items() if pattern}
     numbers = {"r": arm.r, "lora_alpha": arm.lora_alpha, "alpha_ratio": arm.alpha_ratio, "scaling": arm.scaling}
-    words["target_modules"] = ",".join(arm.target_modules) or "all weights"
+    words["target_modules"] = ",".join(arm.target_modules) or ("all weights" if arm.is_full else "none")
+    if arm.prefix_length:
+        words["prefix_length"] = str(arm.prefix_length)
     params = {**words, **{key: _number(value) for key, value in numbers.items()}}
     return [Param(key, value) for key, value in {**params, "learning_rate": _number(spec.learning_rate)}.items()]
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from sweep.lora.adapter import Adapter, adaptable_modules, linear_modules
 from sweep.lora.methods import State, frozen_numbers, is_conv1d, matrix_shape, refusal, trained_numbers
+from sweep.lora.prefix import prefix_refusal
 from sweep.lora.quantized import is_quantized, run_dequantized
 from sweep.lora.readout import reads_first_position
 from sweep.study.arms import ALL_LINEAR, Arm, pattern_key
@@ -140,6 +141,13 @@ def check_arm(base: Base, arm: Arm) -> int:
     head = sum(p.numel() for name in base.head for p in layers[name].parameters())
     if arm.is_full:
         return sum(p.numel() for p in base.model.parameters())
+    prefix = 0
+    if arm.prefix_length:
+        reason = prefix_refusal(base.model)
+        if reason is not None:
+            raise FieldError(("arms.method", f"{arm.method}: {reason}"))
+        embedding: nn.Embedding = base.model.get_input_embeddings()  # type: ignore[operator]
+        prefix = arm.prefix_length * embedding.embedding_dim
     targets = target_layers(base.model, base.head, arm.target_modules)
     _refuse_idle_keys(arm, list(targets))
     for name, layer in targets.items():
@@ -151,7 +159,7 @@ def check_arm(base: Base, arm: Arm) -> int:
         reason = refusal(layer, arm.method)
         if reason is not None:
             raise FieldError(("arms.method", f"{name}: {reason}"))
-    return head + sum(trained_numbers(layer, arm.rank_at(name), arm.method) for name, layer in targets.items())
+    return head + prefix + sum(trained_numbers(layer, arm.rank_at(name), arm.method) for name, layer in targets.items())
 
 
 def adapter_of(base: Base, arm: Arm, state: State, seed: int = 0) -> Adapter:
@@ -159,7 +167,7 @@ def adapter_of(base: Base, arm: Arm, state: State, seed: int = 0) -> Adapter:
     modules = tuple(target_layers(base.model, base.head, arm.target_modules))
     ranks = {name: arm.rank_at(name) for name in modules} if arm.rank_pattern else {}
     scalings = {name: arm.scaling_at(name) for name in modules} if arm.rank_pattern or arm.alpha_pattern else {}
-    return Adapter(arm.r, arm.scaling, modules, state, seed, arm.method, ranks, scalings)
+    return Adapter(arm.r, arm.scaling, modules, state, seed, arm.method, ranks, scalings, arm.prefix_length)
 
 
 def frozen_bytes(base: Base, arm: Arm) -> int:

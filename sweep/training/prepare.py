@@ -37,9 +37,15 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
             trainable[arm.name] = check_arm(base, arm)
         except FieldError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    longest = max(arm.prefix_length for arm in arms) if arms else 0
     positions = getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < setup.data.max_length:  # XLNet says −1: as many as you like
         problems.append(("data.max_length", f"{setup.data.max_length} is more than the model's {positions} positions"))
+    elif isinstance(positions, int) and 0 < positions < setup.data.max_length + longest:
+        behind = (
+            f"{longest} before data.max_length ({setup.data.max_length}) tokens is more than the model's {positions}"
+        )
+        problems.append(("arms.prefix_length", f"{behind} positions"))
     if problems:
         raise FieldError(*problems)
     device = find_device()

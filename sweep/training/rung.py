@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sweep.lora.adapter import Adapter, Pack, install, linear_modules, pack_order, remove, trial_state
 from sweep.lora.methods import State, init_adapter, init_head
 from sweep.lora.optim import PackedOptimizer, Recipe, optimizer_state, start_optimizer
+from sweep.lora.prefix import init_prefix
 from sweep.lora.readout import read_first_position
 from sweep.study.arms import Arm
 from sweep.study.records import Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
@@ -190,6 +191,8 @@ def fresh_state(base: Base, trial: TrialSpec, train: TrainSettings) -> dict[str,
     for name, layer in target_layers(base.model, base.head, arm.target_modules).items():
         r, scaling = arm.rank_at(name), arm.scaling_at(name)
         state |= init_adapter({name: layer}, arm.method, r, scaling, trial.seed, train.init_lora_weights)
+    if arm.prefix_length:
+        state |= init_prefix(base.model.get_input_embeddings(), arm.prefix_length, trial.seed)  # type: ignore[operator]
     return {**state, **init_head({name: layers[name] for name in base.head}, trial.seed)}
 
 
@@ -286,7 +289,8 @@ def _autocast(trainee: Trainee, prepared: Prepared) -> contextlib.AbstractContex
 
 def _modules_and_rank(trial: TrialSpec) -> Adapter:
     arm = trial.arm
-    return Adapter(arm.r, arm.scaling, arm.target_modules, {}, method=arm.method, ranks=dict(arm.rank_pattern))
+    ranks, p = dict(arm.rank_pattern), arm.prefix_length
+    return Adapter(arm.r, arm.scaling, arm.target_modules, {}, method=arm.method, ranks=ranks, prefix_length=p)
 
 
 def _named(split: str, scores: dict[str, float]) -> dict[str, float]:
