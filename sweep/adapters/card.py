@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from sweep.report.words import BITS
 from sweep.study.arms import pattern_text
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -27,6 +28,9 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
         what += f", exported as LoRA of rank {2 * arm.r} over the whole base"
     if not arm.is_full:
         what += f" (scaling {arm.scaling:g}), on {', '.join(arm.target_modules)}"
+    if study.quantization is not None:
+        over = "merged into" if merge else "checked over"
+        what += f"; over the base in {BITS[study.quantization]}, and {over} the base in full precision"
     return f"""---
 library_name: {"transformers" if merge else "peft"}
 base_model: "{study.model}"
