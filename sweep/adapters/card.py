@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from sweep.adapters.prompt import SUBFOLDER
-from sweep.report.words import plural
+from sweep.report.words import BITS, plural
 from sweep.study.arms import pattern_text
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -33,6 +33,9 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
         what += f", exported as LoRA of rank {2 * arm.r} over the whole base"
     if arm.r:
         what += f" (scaling {arm.scaling:g}), on {', '.join(arm.target_modules)}"
+    if study.quantization is not None:
+        over = "merged into" if merge else "checked over"
+        what += f"; over the base in {BITS[study.quantization]}, and {over} the base in full precision"
     return f"""---
 library_name: {"transformers" if merge else "peft"}
 base_model: "{study.model}"

@@ -54,7 +54,8 @@ def export(
     """Write a trial's adapter (or, with merge, the whole model) to a folder, and check it in a fresh process.
 
     evidence: the report's sentences about the arm, for the model card. The folder appears only once its logits equal
-    ours. Raises ExportError, or FieldError where model or data can no longer be used.
+    ours. Both are over the base in full precision: one that was trained in 4 or 8 bits is read whole here, and merged
+    whole. Raises ExportError, or FieldError where model or data can no longer be used.
     """
     weights = _weights_of(trial, merge)
     if to.exists() and any(to.iterdir()) and not (to / MARK).exists():

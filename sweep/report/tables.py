@@ -10,6 +10,7 @@ from pathlib import Path
 from sweep.report.results import ArmResult, Findings
 from sweep.report.truncation import truncation_lines
 from sweep.report.words import (
+    BITS,
     arm_title,
     count,
     duration,
@@ -130,7 +131,7 @@ def search_table(findings: Findings) -> Table:
 def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tuple[str, str]]:
     """How it was measured: (what, how), from what was prepared and written down."""
     facts = [
-        ("Model", without_paths(study.model)),
+        ("Model", without_paths(study.model) + (f", held in {BITS[study.quantization]}" if study.quantization else "")),
         ("Task", study.task),
         ("Data", f"{without_paths(study.data.source)}, at most {study.data.max_length} tokens an example"),
     ]

@@ -14,6 +14,9 @@ NOTHING = "–"
 LOCAL_PATH = re.compile(r"(?<![\w:/.…~])~?(?:/[\w.+@~-]+)+/([\w.+@~-]+)/?")
 
 
+BITS = {"4bit": "4 bits (NF4, double quantisation)", "8bit": "8 bits"}
+
+
 def loss_decimals(epsilon: float) -> int:
     """Enough decimals to tell a tenth of ε, and at least three."""
     return max(3, math.ceil(-math.log10(epsilon)) + 1)
