@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,8 @@ BASE = "base"  # how the base itself is called among adapters
 AdapterNames = Annotated[
     list[str], typer.Argument(metavar="ADAPTER…", help="Folders that PEFT or sweep wrote, or NAME=FOLDER.")
 ]
+Target = Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter is written.")]
+WORST = 5  # layers named of those that lose the most
 
 
 @commands.command()
@@ -58,6 +61,75 @@ def adapters(
     out.print(console.answers_table(answers))
     if task == CLASSIFICATION and any(name is None for _, name in asked):
         print("note: where the base comes without a trained head for these classes, its own answers mean nothing")
+
+
+@commands.command()
+def mix(
+    weighted: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER:WEIGHT…", help="Folders with their weights, as in a:0.7 b:0.3; without one: 1."
+        ),
+    ],
+    to: Target,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Compress to this rank by SVD. Default: exact, of the sum of the ranks.")
+    ] = None,
+) -> None:
+    """Write a weighted sum of adapters as an adapter that PEFT loads."""
+    from sweep.adapters.mix import Part, write_mixed
+    from sweep.adapters.mix import mix as mix_parts
+    from sweep.adapters.peft_format import read_adapter
+
+    given = [_weighted(one) for one in weighted]
+    mixed = mix_parts([Part(folder, read_adapter(Path(folder)), weight) for folder, weight in given], rank)
+    write_mixed(mixed, to, {"mixed": [[Path(folder).name, weight] for folder, weight in given], "rank": rank})
+    _say_written(mixed.adapter.ranks, to)
+    if rank is not None:
+        worst = sorted(mixed.spectra, key=lambda module: -mixed.lost(module, rank))[:WORST]
+        print(f"rank {rank} loses {mixed.lost_in_all(rank):.2%} of ‖ΔW‖² in all; the most in")
+        print("\n".join(f"  {module}: {mixed.lost(module, rank):.2%}" for module in worst))
+    print("\n".join(mixed.notes), end="\n" if mixed.notes else "")
+
+
+@commands.command()
+def compress(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder that PEFT or sweep wrote.")],
+    rank: Annotated[int, typer.Option(min=1, help="The largest rank of a layer.")],
+    to: Target,
+) -> None:
+    """Write the nearest adapter of a smaller rank, and say what it loses: would a smaller rank have done?"""
+    from sweep import console
+    from sweep.adapters.mix import Part, mix, write_mixed
+    from sweep.adapters.peft_format import read_adapter
+
+    mixed = mix([Part(str(adapter), read_adapter(adapter), 1.0)], rank)
+    write_mixed(mixed, to, {"compressed": adapter.name, "rank": rank})
+    console.console().print(console.losses_table(mixed, rank))
+    _say_written(mixed.adapter.ranks, to)
+    largest = max(len(S_r) for S_r in mixed.spectra.values())
+    ranks = sorted({rank, *(2**i for i in range(largest.bit_length()) if 2**i < largest)})
+    print("of ‖ΔW‖² in all is lost at " + ", ".join(f"rank {r}: {mixed.lost_in_all(r):.2%}" for r in ranks))
+    print("note: what is lost of ΔW is not what is lost of the task; measure that on held-out rows")
+
+
+def _weighted(given: str) -> tuple[str, float]:
+    """FOLDER:WEIGHT, or a folder alone, which counts once."""
+    folder, _, number = given.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return given, 1.0
+    if not folder:
+        return given, 1.0
+    if not math.isfinite(weight):
+        raise Refused(f"{given}: a weight is a finite number")
+    return folder, weight
+
+
+def _say_written(ranks: dict[str, int], to: Path) -> None:
+    low, high = min(ranks.values()), max(ranks.values())
+    print(f"adapter: {to} (rank {low if low == high else f'{low} to {high}'}, {len(ranks)} modules)")
 
 
 def _named(folders: list[str]) -> dict[str, Path]:

@@ -22,6 +22,7 @@ from sweep.tracking.journal import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from sweep.adapters.answers import Answer
+    from sweep.adapters.mix import Mixed
     from sweep.adapters.peft_format import PeftAdapter
     from sweep.doctor import Check
     from sweep.driver.progress import Progress
@@ -260,4 +261,15 @@ def answers_table(answers: Sequence[Answer]) -> Table:
         shown = answer.text if answer.text != before else ""
         before = answer.text
         table.add_row(shown, answer.adapter or "base", answer.said, f"{answer.probability:.3f}", *loss)
+    return table
+
+
+def losses_table(mixed: Mixed, rank: int) -> Table:
+    """What a smaller rank loses of every layer's update, the worst first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("layer", "rank", "‖ΔW‖", "lost of ‖ΔW‖²"):
+        table.add_column(name, overflow="fold", justify="left" if name == "layer" else "right")
+    for module in sorted(mixed.spectra, key=lambda module: -mixed.lost(module, rank)):
+        norm, lost = float(mixed.spectra[module].norm()), mixed.lost(module, rank)
+        table.add_row(module, str(mixed.adapter.ranks[module]), f"{norm:.4g}", f"{lost:.2%}")
     return table
