@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from sweep import __version__
+from sweep.adapter_commands import commands as adapter_commands
+from sweep.arguments import HomeOption, StudyName, is_file_name, list_studies, name_of, ran
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
 from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
@@ -24,7 +26,6 @@ from sweep.study.home import Home, StudyFolder, find_home
 if TYPE_CHECKING:
     from sweep.study.file import StudyFile
     from sweep.study.schema import Study
-    from sweep.tracking.journal import StudyRecord
 
 SECONDS_TO_TRACK_AFTER_INTERRUPT = 5.0
 
@@ -34,11 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a study that has run.")]
-HomeOption = Annotated[
-    Path | None, typer.Option("--home", metavar="DIR", help="Where studies live. Default: $SWEEP_HOME, or ./.sweep.")
-]
+app.add_typer(adapter_commands)
 
 
 class ExecutorName(StrEnum):
@@ -113,7 +110,7 @@ def status(
     from sweep.tracking.journal import read_study_record
 
     place, out = find_home(home), console.console()
-    names = [_name_of(study, place)] if study else _studies(place)
+    names = [name_of(study, place)] if study else list_studies(place)
     if not names:
         out.print(f"no studies in {place.root}")
         return
@@ -130,7 +127,7 @@ def report(
     """Write report.html, report.md, trials.csv and figures. An unfinished study gets a report of what is known."""
     from sweep.report.report import write_report
 
-    asked, record = _ran(study, find_home(home))
+    asked, record = ran(study, find_home(home))
     folder = to or _report_folder(asked)
     findings = write_report(asked, record, folder)
     _say(*findings.sentences, f"report: {folder / 'report.html'}")
@@ -146,7 +143,7 @@ def dashboard(
     from sweep.dashboard import serve
 
     place = find_home(home)
-    name = _name_of(study, place) if study else None
+    name = name_of(study, place) if study else None
     _need_writable(place)
     serve(place, name, port)
 
@@ -166,7 +163,7 @@ def export(
     if arm is not None and trial is not None:
         raise Refused("--arm and --trial: name one of them")
     place = find_home(home)
-    asked, record = _ran(study, place)
+    asked, record = ran(study, place)
     from sweep import publishing
 
     chosen = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache)
@@ -183,7 +180,7 @@ def rank_use(study: StudyName, home: HomeOption = None) -> None:
     from sweep.report.rank_use import rank_use_sentences
 
     place = find_home(home)
-    asked, record = _ran(study, place)
+    asked, record = ran(study, place)
     if record.finished_at is None:
         raise Refused(f"study {asked.name} is not complete: `sweep run` it to its end first", code=FAILED)
     try:
@@ -264,38 +261,9 @@ def _read(study: str, home: Home, overrides: Sequence[str] = ()) -> StudyFile:
     from sweep.study.file import read_study
 
     path = Path(study)
-    if _is_file_name(study):
+    if is_file_name(study):
         return read_study(path, overrides)
-    return read_study(home.study(_name_of(study, home)).study_file, overrides)
-
-
-def _name_of(study: str, home: Home) -> str:
-    """The study's name; refused with the names that exist where it has not run."""
-    from sweep.study.file import read_study
-
-    name = read_study(Path(study)).study.name if _is_file_name(study) else study
-    names = _studies(home)
-    if name not in names:
-        known = f"those that have: {', '.join(names)}" if names else "no study has"
-        raise Refused(f"no study {name!r} has run in {home.root}; {known}")
-    return name
-
-
-def _is_file_name(study: str) -> bool:
-    return Path(study).suffix in (".yaml", ".yml") or os.sep in study
-
-
-def _studies(home: Home) -> list[str]:
-    return sorted(path.parent.name for path in (home.root / "studies").glob("*/study.yaml"))
-
-
-def _ran(study: str, home: Home) -> tuple[Study, StudyRecord]:
-    """The study as it ran, whatever its file says by now, and its records."""
-    from sweep.study.file import read_study
-    from sweep.tracking.journal import read_study_record
-
-    folder = home.study(_name_of(study, home))
-    return read_study(folder.study_file).study, read_study_record(folder)
+    return read_study(home.study(name_of(study, home)).study_file, overrides)
 
 
 def _report_folder(study: Study) -> Path:

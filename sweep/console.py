@@ -21,6 +21,9 @@ from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
+    from sweep.adapters.answers import Answer
+    from sweep.adapters.mix import Mixed
+    from sweep.adapters.peft_format import PeftAdapter
     from sweep.doctor import Check
     from sweep.driver.progress import Progress
     from sweep.training.forecast import Forecast
@@ -221,4 +224,53 @@ def checks_table(checks: Sequence[Check]) -> Table:
     for check in checks:
         mark = Text("ok", style="green") if check.ok else Text("!!" if check.needed else "–", style="red")
         table.add_row(mark, check.name, check.found, "" if check.ok else check.advice)
+    return table
+
+
+def adapters_table(adapters: Mapping[str, PeftAdapter]) -> Table:
+    """A row an adapter: what it is, where it sits and how large it is."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("adapter", "method", "rank", "modules", "replaces", "numbers", "base"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("rank", "numbers") else "left")
+    for name, adapter in adapters.items():
+        ranks = sorted(set(adapter.ranks.values()))
+        endings = sorted({module.rpartition(".")[2] for module in adapter.ranks})
+        method = "rslora" if adapter.use_rslora and adapter.method == "lora" else adapter.method
+        table.add_row(
+            name,
+            method,
+            str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+            f"{len(adapter.ranks)}: {', '.join(endings)}",
+            ", ".join(adapter.saved) or "–",
+            f"{adapter.parameters:,}",
+            adapter.base_model or "–",
+        )
+    return table
+
+
+def answers_table(answers: Sequence[Answer]) -> Table:
+    """A row an answer; a text stands with the first of its own."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    language = any(answer.loss is not None for answer in answers)
+    for name in ("text", "adapter", "next token" if language else "class", "probability"):
+        table.add_column(name, overflow="fold", max_width=60, justify="right" if name == "probability" else "left")
+    if language:
+        table.add_column("loss of the text", justify="right")
+    before = None
+    for answer in answers:
+        loss = ["–" if answer.loss is None else f"{answer.loss:.4f}"] if language else []
+        shown = answer.text if answer.text != before else ""
+        before = answer.text
+        table.add_row(shown, answer.adapter or "base", answer.said, f"{answer.probability:.3f}", *loss)
+    return table
+
+
+def losses_table(mixed: Mixed, rank: int) -> Table:
+    """What a smaller rank loses of every layer's update, the worst first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("layer", "rank", "‖ΔW‖", "lost of ‖ΔW‖²"):
+        table.add_column(name, overflow="fold", justify="left" if name == "layer" else "right")
+    for module in sorted(mixed.spectra, key=lambda module: -mixed.lost(module, rank)):
+        norm, lost = float(mixed.spectra[module].norm()), mixed.lost(module, rank)
+        table.add_row(module, str(mixed.adapter.ranks[module]), f"{norm:.4g}", f"{lost:.2%}")
     return table

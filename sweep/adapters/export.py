@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
+import math
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,16 @@ from torch import Tensor, nn
 from sweep import __version__
 from sweep.adapters.card import model_card
 from sweep.adapters.merge import as_plain_lora, merged_weight
+from sweep.adapters.peft_format import (
+    CLASSIFIER,
+    LANGUAGE_MODEL,
+    MARK,
+    PeftAdapter,
+    Settings,
+    holds_other_files,
+    whole_folder,
+    write_adapter,
+)
 from sweep.adapters.prompt import SUBFOLDER, write_prompt
 from sweep.lora.adapter import adaptable_modules, install, remove
 from sweep.lora.methods import is_conv1d
@@ -34,7 +44,6 @@ from sweep.training.data import TokenisedData, load_data
 from sweep.training.locate import ModelPlace, load_tokenizer, locate_model, quiet
 
 TOLERANCE = 1e-5  # on logits, relative to the largest of them where that is above 1
-MARK = "sweep.json"  # tells our own export from a folder that must not be overwritten
 CHECKED_ROWS = 8
 
 
@@ -58,7 +67,7 @@ def export(
     whole. Raises ExportError, or FieldError where model or data can no longer be used.
     """
     weights = _weights_of(trial, merge)
-    if to.exists() and any(to.iterdir()) and not (to / MARK).exists():
+    if holds_other_files(to):
         raise ExportError(f"{to} holds other files; name a new folder with --to")
     if record.prepared is None:
         raise ExportError(f"study {study.name} has no prepared model and data; run it first")
@@ -67,10 +76,7 @@ def export(
     base = load_base(place, study.task, record.prepared.labels, data.pad_token_id, "float32", "eager")
     base.model.to("cpu")  # where the fresh process computes too: devices differ by more than the tolerance
     batch = few_rows(data)
-    half = to.parent / f".tmp-{to.name}-{os.getpid()}"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    try:
+    with whole_folder(to) as half:
         ours = _our_logits(base, trial.spec.arm, weights, batch)
         if merge:
             _write_merged(base, trial.spec.arm, weights, half)
@@ -83,12 +89,6 @@ def export(
         difference = _check_in_fresh_process(
             half, place, study.task, record.prepared, merge, batch, ours, data.pad_token_id
         )
-        for file in (path for path in half.rglob("*") if path.is_file()):
-            file.chmod(0o644)  # safetensors writes for the owner alone
-        shutil.rmtree(to, ignore_errors=True)
-        os.replace(half, to)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     return Exported(to, difference)
 
 
@@ -146,38 +146,32 @@ def _write_adapters(base: Base, study: Study, arm: Arm, weights: dict[str, Tenso
 
 
 def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:
-    """PEFT's format: its own LoraConfig writes the config; every key carries the prefix `base_model.model.`."""
-    from peft import LoraConfig, TaskType
-
     targets = target_layers(base.model, base.head, arm.target_modules)
     factor = 1
     if arm.method == "pissa":
         factor, plain = 2, [as_plain_lora(name, weights) for name in targets]
         weights = {name: t for name, t in weights.items() if ".initial_" not in name}
         weights = {**weights, **{name: tensor for layer in plain for name, tensor in layer.items()}}
-    config = LoraConfig(
-        r=factor * arm.r,
-        lora_alpha=_whole(factor * arm.lora_alpha),
-        rank_pattern={key: factor * r for key, r in arm.rank_pattern},
-        alpha_pattern={key: _whole(factor * alpha) for key, alpha in arm.alpha_pattern},
-        target_modules=_endings(base, arm),
-        task_type=TaskType.SEQ_CLS if base.head else TaskType.CAUSAL_LM,
-        base_model_name_or_path=study.model,
+    ranks = {name: factor * arm.rank_at(name) for name in targets}
+    adapter = PeftAdapter(
+        method="dora" if arm.method == "dora" else "lora",
+        ranks=ranks,
+        alphas={n: arm.scaling_at(n) * (math.sqrt(r) if arm.method == "rslora" else r) for n, r in ranks.items()},
+        state=weights,
         use_rslora=arm.method == "rslora",
-        use_dora=arm.method == "dora",
         fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
-        lora_dropout=study.train.dropout,
-        modules_to_save=_saved_modules(base),
-        inference_mode=True,
+        saved=base.head,
+        modules_to_save=tuple(_saved_modules(base) or ()),
+        task_type=CLASSIFIER if base.head else LANGUAGE_MODEL,
+        base_model=study.model,
+        settings=Settings(
+            factor * arm.r,
+            factor * arm.lora_alpha,
+            {key: factor * r for key, r in arm.rank_pattern},
+            {key: factor * alpha for key, alpha in arm.alpha_pattern},
+        ),
     )
-    config.save_pretrained(str(to))
-    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in weights.items()}
-    save_file(named, to / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _whole(alpha: float) -> float:
-    """An integer where it is one: PEFT's own type."""
-    return int(alpha) if float(alpha).is_integer() else alpha
+    write_adapter(adapter, to, endings(base, targets), study.train.dropout)
 
 
 def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], to: Path) -> None:
@@ -209,12 +203,11 @@ def _tied_end(model: Any, adapted: list[nn.Module]) -> bool:
     return ends[1] is not None and ends[0].weight is ends[1].weight and any(end in adapted for end in ends)
 
 
-def _endings(base: Base, arm: Arm) -> list[str]:
+def endings(base: Base, modules: Collection[str]) -> list[str]:
     """Endings where they name exactly the adapted layers, else the layers' full names."""
-    targets = target_layers(base.model, base.head, arm.target_modules)
-    endings = sorted({name.split(".")[-1] for name in targets})
-    named = {name for name in adaptable_modules(base.model) if name.split(".")[-1] in endings}
-    return endings if named == set(targets) else sorted(targets)
+    last = sorted({name.split(".")[-1] for name in modules})
+    named = {name for name in adaptable_modules(base.model) if name.split(".")[-1] in last}
+    return last if named == set(modules) else sorted(modules)
 
 
 def _saved_modules(base: Base) -> list[str] | None:

@@ -1,0 +1,168 @@
+"""The commands on adapters. Heavy libraries are imported inside them, as in `cli.py`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sweep.exits import Refused
+
+commands = typer.Typer()
+BASE = "base"  # how the base itself is called among adapters
+
+AdapterNames = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER…", help="Folders that PEFT or sweep wrote, or NAME=FOLDER.")
+]
+Target = Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter is written.")]
+WORST = 5  # layers named of those that lose the most
+
+
+@commands.command()
+def adapters(
+    folders: AdapterNames,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model. Default: the one that the adapters name.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text to ask all of them. Can be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option(metavar="ROWS.txt", help="Texts to ask, one a line.")] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,base,…", help="Which adapter answers each text: all in one batch, over one base."),
+    ] = None,
+) -> None:
+    """Show adapters; with texts, what the base and each of them answer, side by side on one base."""
+    from sweep import console
+    from sweep.adapters.answers import answer, common_base, common_labels, common_task
+    from sweep.adapters.peft_format import read_adapter
+    from sweep.adapters.serve import load_serving_base
+    from sweep.training.locate import load_tokenizer, locate_model
+    from sweep.training.tasks import CLASSIFICATION
+
+    places = _named(folders)
+    read = {name: read_adapter(folder) for name, folder in places.items()}
+    out = console.console()
+    out.print(console.adapters_table(read))
+    texts = [*(text or []), *(_lines(file) if file else [])]
+    if not texts:
+        if rows is not None:
+            raise Refused("--rows: says who answers which text: add --text or --file")
+        return
+    asked = _asked(texts, rows, list(read))
+    found = list(read.values())
+    model, task = base or common_base(found), common_task(found)
+    labels = common_labels(found) if task == CLASSIFICATION else ()
+    serving = load_serving_base(model, task, labels)
+    for name, folder in places.items():
+        serving.add(name, folder)
+    answers = list(answer(serving, load_tokenizer(locate_model(model)), task, labels, asked))
+    out.print(console.answers_table(answers))
+    if task == CLASSIFICATION and any(name is None for _, name in asked):
+        print("note: where the base comes without a trained head for these classes, its own answers mean nothing")
+
+
+@commands.command()
+def mix(
+    weighted: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER:WEIGHT…", help="Folders with their weights, as in a:0.7 b:0.3; without one: 1."
+        ),
+    ],
+    to: Target,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Compress to this rank by SVD. Default: exact, of the sum of the ranks.")
+    ] = None,
+) -> None:
+    """Write a weighted sum of adapters as an adapter that PEFT loads."""
+    from sweep.adapters.mix import Part, write_mixed
+    from sweep.adapters.mix import mix as mix_parts
+    from sweep.adapters.peft_format import read_adapter
+
+    given = [_weighted(one) for one in weighted]
+    mixed = mix_parts([Part(folder, read_adapter(Path(folder)), weight) for folder, weight in given], rank)
+    write_mixed(mixed, to, {"mixed": [[Path(folder).name, weight] for folder, weight in given], "rank": rank})
+    _say_written(mixed.adapter.ranks, to)
+    if rank is not None:
+        worst = sorted(mixed.spectra, key=lambda module: -mixed.lost(module, rank))[:WORST]
+        print(f"rank {rank} loses {mixed.lost_in_all(rank):.2%} of ‖ΔW‖² in all; the most in")
+        print("\n".join(f"  {module}: {mixed.lost(module, rank):.2%}" for module in worst))
+    print("\n".join(mixed.notes), end="\n" if mixed.notes else "")
+
+
+@commands.command()
+def compress(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder that PEFT or sweep wrote.")],
+    rank: Annotated[int, typer.Option(min=1, help="The largest rank of a layer.")],
+    to: Target,
+) -> None:
+    """Write the nearest adapter of a smaller rank, and say what it loses: would a smaller rank have done?"""
+    from sweep import console
+    from sweep.adapters.mix import Part, mix, write_mixed
+    from sweep.adapters.peft_format import read_adapter
+
+    mixed = mix([Part(str(adapter), read_adapter(adapter), 1.0)], rank)
+    write_mixed(mixed, to, {"compressed": adapter.name, "rank": rank})
+    console.console().print(console.losses_table(mixed, rank))
+    _say_written(mixed.adapter.ranks, to)
+    largest = max(len(S_r) for S_r in mixed.spectra.values())
+    ranks = sorted({rank, *(2**i for i in range(largest.bit_length()) if 2**i < largest)})
+    print("of ‖ΔW‖² in all is lost at " + ", ".join(f"rank {r}: {mixed.lost_in_all(r):.2%}" for r in ranks))
+    print("note: what is lost of ΔW is not what is lost of the task; measure that on held-out rows")
+
+
+def _weighted(given: str) -> tuple[str, float]:
+    """FOLDER:WEIGHT, or a folder alone, which counts once."""
+    folder, _, number = given.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return given, 1.0
+    if not folder:
+        return given, 1.0
+    if not math.isfinite(weight):
+        raise Refused(f"{given}: a weight is a finite number")
+    return folder, weight
+
+
+def _say_written(ranks: dict[str, int], to: Path) -> None:
+    low, high = min(ranks.values()), max(ranks.values())
+    print(f"adapter: {to} (rank {low if low == high else f'{low} to {high}'}, {len(ranks)} modules)")
+
+
+def _named(folders: list[str]) -> dict[str, Path]:
+    """Folders by the name given, or by their own."""
+    places: dict[str, Path] = {}
+    for given in folders:
+        name, equals, folder = given.partition("=")
+        if not equals or Path(given).is_dir():
+            name, folder = Path(given).resolve().name, given
+        if not name or name == BASE or "," in name:
+            raise Refused(f"{given}: an adapter cannot be called {name!r}; write NAME=FOLDER")
+        if name in places:
+            raise Refused(f"{given}: {places[name]} is called {name!r} too; write NAME=FOLDER")
+        places[name] = Path(folder).expanduser()
+    return places
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--file: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return [line for line in lines if line]
+
+
+def _asked(texts: list[str], rows: str | None, names: list[str]) -> list[tuple[str, str | None]]:
+    """(text, adapter) of every answer: all of all, or those that `rows` names."""
+    if rows is None:
+        return [(text, name) for text in texts for name in [None, *names]]
+    chosen = [None if name.strip() == BASE else name.strip() for name in rows.split(",")]
+    unknown = sorted({name for name in chosen if name is not None and name not in names})
+    if unknown:
+        raise Refused(f"--rows: there is no adapter {unknown[0]!r}; there are {', '.join([BASE, *names])}")
+    if len(chosen) != len(texts):
+        raise Refused(f"--rows: names {len(chosen)} adapters for {len(texts)} texts; name one for each")
+    return list(zip(texts, chosen, strict=True))

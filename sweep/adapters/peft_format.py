@@ -1,0 +1,313 @@
+"""Adapters in PEFT's format, ours or anyone's: read into a record, and written. Safetensors and JSON, never pickle.
+
+What a folder says and the record cannot hold exactly is refused, with the key that says it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sweep.lora.methods import DORA, State
+from sweep.study.arms import pattern_key
+from sweep.study.errors import FieldError
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+MARK = "sweep.json"  # tells what we wrote from a folder that must not be overwritten
+PREFIX = "base_model.model."
+CLASSIFIER, LANGUAGE_MODEL = "SEQ_CLS", "CAUSAL_LM"  # PEFT's task types that have a task here
+EMBEDDING_BASE = ".base_layer.weight"  # PEFT saves the base's own embeddings along where they are adapted
+READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "task_type",
+    "base_model_name_or_path",
+    "init_lora_weights",
+}
+# What tells how an adapter was trained, or what the tensors' own names tell.
+OF_NO_EFFECT = {
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "target_modules",
+}
+LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that change no base weight
+_TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Ranks and alphas as PEFT's configuration says them: common ones, and patterns of names with their own."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter: ΔW = scaling · BA of every module, and what else it brings. Tensors are float32, under our names."""
+
+    method: str  # "lora" or "dora"
+    ranks: dict[str, int]  # by the adapted module's full name
+    alphas: dict[str, float]
+    state: State
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False  # PEFT's word for Conv1D's transposed weights
+    saved: tuple[str, ...] = ()  # layers that stand in place of the base's own: heads
+    modules_to_save: tuple[str, ...] = ()  # as the configuration names them
+    task_type: str | None = None
+    base_model: str | None = None
+    labels: tuple[str, ...] = ()  # where they are known: what we wrote tells them
+    embeddings: State = field(default_factory=dict)  # the base's own, by module, which PEFT saves beside adapted ones
+    settings: Settings | None = None  # as they were read or asked for; None: made from ranks and alphas
+
+    def scaling(self, module: str) -> float:
+        """The factor on BA: alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732)."""
+        r = self.ranks[module]
+        return self.alphas[module] / (math.sqrt(r) if self.use_rslora else r)
+
+    def names(self, module: str) -> tuple[str, str]:
+        """Of the module's A and B in `state`."""
+        if f"{module}.lora_embedding_A" in self.state:
+            return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.state.values())
+
+
+def read_adapter(folder: Path) -> PeftAdapter:
+    """Read a folder that PEFT or `sweep export` wrote. Raises FieldError, naming the file and the key."""
+    config = _read_json(folder, CONFIG)
+    tensors = _read_tensors(folder)
+    method = _check_config(folder, config)
+    state: State = {}
+    embeddings: State = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            _refuse(folder, TENSORS, f"{key!r} does not begin with {PREFIX!r}: PEFT would leave it out")
+        if not tensor.is_floating_point():
+            _refuse(folder, TENSORS, f"{key!r} holds {tensor.dtype}, not floating-point numbers")
+        name = key.removeprefix(PREFIX)
+        if name.endswith("lora_magnitude_vector.weight"):
+            name = name.removesuffix(".weight")
+        if name.endswith(EMBEDDING_BASE):
+            embeddings[name.removesuffix(EMBEDDING_BASE)] = tensor
+        elif ".lora_" in name:
+            state[name] = tensor.float()
+        else:
+            others[name] = tensor.float()
+    modules = _modules(folder, state, method)
+    to_save = tuple(config.get("modules_to_save") or ())
+    settings = Settings(
+        config["r"], config["lora_alpha"], config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    )
+    ranks = {m: _of_module(settings.rank_pattern, m, settings.r) for m in modules}
+    for module, names in modules.items():
+        found = next(state[name].shape[0] for name in names if name.endswith(("lora_A.weight", "embedding_A")))
+        if found != ranks[module]:
+            _refuse(folder, CONFIG, f"r: {ranks[module]} for {module}, whose tensors have rank {found}")
+    return PeftAdapter(
+        method=method,
+        ranks=ranks,
+        alphas={m: _of_module(settings.alpha_pattern, m, settings.lora_alpha) for m in modules},
+        state={**state, **others},
+        use_rslora=bool(config.get("use_rslora")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        saved=_saved_layers(folder, others, to_save),
+        modules_to_save=to_save,
+        task_type=config.get("task_type"),
+        base_model=config.get("base_model_name_or_path") or None,
+        labels=tuple(_read_json(folder, MARK).get("labels", ())) if (folder / MARK).exists() else (),
+        embeddings=embeddings,
+        settings=settings,
+    )
+
+
+def write_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str], dropout: float = 0.0) -> None:
+    """Write configuration and tensors into a folder: PEFT's own LoraConfig writes the first, so that no key is missing.
+
+    target_modules: endings that name exactly the adapted modules, or their full names.
+    """
+    from peft import LoraConfig
+
+    settings = adapter.settings or _settings(adapter)
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=_whole(settings.lora_alpha),
+        target_modules=sorted(target_modules),
+        task_type=adapter.task_type,
+        base_model_name_or_path=adapter.base_model,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.method == DORA,
+        fan_in_fan_out=adapter.fan_in_fan_out,
+        lora_dropout=dropout,
+        modules_to_save=list(adapter.modules_to_save) or None,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern={key: _whole(alpha) for key, alpha in settings.alpha_pattern.items()},
+        inference_mode=True,
+    )
+    config.save_pretrained(str(to))
+    named = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.state.items()}
+    named |= {f"{PREFIX}{module}{EMBEDDING_BASE}": t.contiguous() for module, t in adapter.embeddings.items()}
+    save_file(named, to / TENSORS, metadata={"format": "pt"})
+
+
+def holds_other_files(to: Path) -> bool:
+    """Whether something lies there that we did not write."""
+    return to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / MARK).exists()))
+
+
+@contextmanager
+def whole_folder(to: Path) -> Iterator[Path]:
+    """A folder beside `to` to write into; it takes that place once the block ends, and is gone where it raises."""
+    half = to.parent / f".tmp-{to.name}-{os.getpid()}"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    try:
+        yield half
+        for file in (path for path in half.rglob("*") if path.is_file()):
+            file.chmod(0o644)  # safetensors writes for the owner alone
+        shutil.rmtree(to, ignore_errors=True)
+        os.replace(half, to)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _check_config(folder: Path, config: Mapping[str, Any]) -> str:
+    """The method. Refuses whatever has an effect that the record cannot hold."""
+    if config.get("peft_type") != "LORA":
+        _refuse(folder, CONFIG, f"peft_type: {config.get('peft_type')!r}; only LORA adapters are read")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or isinstance(config[key], bool):
+            _refuse(folder, CONFIG, f"{key}: {config.get(key)!r} is not a number")
+    if config.get("bias", "none") != "none":
+        _refuse(folder, CONFIG, f"bias: {config['bias']!r} trains the base's biases too; only none is read")
+    init = config.get("init_lora_weights", True)
+    if init not in LEAVE_THE_BASE:
+        why = "changes the base as PEFT loads it; save it with path_initial_model_for_weight_conversion"
+        _refuse(folder, CONFIG, f"init_lora_weights: {init!r} {why}")
+    for key, value in config.items():
+        if key not in READ | OF_NO_EFFECT and value not in (None, False, {}, []):
+            _refuse(folder, CONFIG, f"{key}: {json.dumps(value)[:60]} is not known here, so its outputs would differ")
+    return DORA if config.get("use_dora") else "lora"
+
+
+def _modules(folder: Path, state: State, method: str) -> dict[str, list[str]]:
+    """The adapted modules in the order of their names, with their tensors' names. Each has an A and a B."""
+    modules: dict[str, list[str]] = {}
+    for name in sorted(state):
+        found = _TENSOR.fullmatch(name)
+        if found is None:
+            _refuse(folder, TENSORS, f"{name!r} is no tensor of LoRA or DoRA")
+        modules.setdefault(found[1], []).append(found[2])
+    if not modules:
+        _refuse(folder, TENSORS, "holds no lora_A and lora_B")
+    wanted = [["lora_A.weight", "lora_B.weight"], ["lora_embedding_A", "lora_embedding_B"]]
+    for module, parts in modules.items():
+        if [part for part in parts if part != "lora_magnitude_vector"] not in wanted:
+            _refuse(folder, TENSORS, f"{module} has {', '.join(parts)}; there must be one A and one B")
+        if ("lora_magnitude_vector" in parts) != (method == DORA):
+            _refuse(folder, TENSORS, f"{module}: lora_magnitude_vector goes with use_dora: true, and only with it")
+    return {module: [f"{module}.{part}" for part in parts] for module, parts in modules.items()}
+
+
+def _saved_layers(folder: Path, others: State, to_save: Sequence[str]) -> tuple[str, ...]:
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in others)
+    for layer in layers:
+        below = any(f".{name}." in f".{layer}." for name in to_save)
+        if not below or f"{layer}.weight" not in others:
+            _refuse(folder, TENSORS, f"{layer!r} is neither an adapter nor one of modules_to_save")
+    return tuple(layers)
+
+
+def _of_module(pattern: Mapping[str, Any], module: str, common: Any) -> Any:
+    """A module's own rank or alpha, as PEFT finds it."""
+    key = pattern_key(tuple(pattern.items()), module)
+    return common if key is None else pattern[key]
+
+
+def _settings(adapter: PeftAdapter) -> Settings:
+    """The most common rank and alpha, and a pattern for every module that has another: one that fits it alone."""
+    r = Counter(adapter.ranks.values()).most_common(1)[0][0]
+    alpha = Counter(adapter.alphas.values()).most_common(1)[0][0]
+    return Settings(
+        r,
+        alpha,
+        {f"^{re.escape(module)}": other for module, other in adapter.ranks.items() if other != r},
+        {f"^{re.escape(module)}": other for module, other in adapter.alphas.items() if other != alpha},
+    )
+
+
+def _whole(alpha: float) -> Any:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_inside(folder, name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        _refuse(folder, name, "there is no such file; an adapter is a folder that PEFT or `sweep export` wrote")
+    except ValueError as error:
+        _refuse(folder, name, f"is not JSON: {error}")
+    if not isinstance(found, dict):
+        _refuse(folder, name, "is not a JSON object")
+    return found
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = _inside(folder, TENSORS)
+    if not path.exists() and (folder / PICKLE).exists():
+        why = "is a pickle, which runs programs when it is read; save it anew with PEFT's safe_serialization=True"
+        _refuse(folder, PICKLE, why)
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        _refuse(folder, TENSORS, f"cannot be read: {' '.join(str(error).split())}")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file, which lies in the folder itself, or where the hub's cache keeps the folder's files."""
+    path, home = (folder / name).resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    if path.parent != home and not (home.parent.name == "snapshots" and path.parent == blobs):
+        _refuse(folder, name, f"leads out of the folder, to {path}")
+    return path
+
+
+def _refuse(folder: Path, name: str, why: str) -> NoReturn:
+    raise FieldError((str(folder / name), why))

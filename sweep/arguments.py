@@ -1,0 +1,50 @@
+"""What commands are given: studies by file or name, and where they live."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sweep.exits import Refused
+from sweep.study.home import Home
+
+if TYPE_CHECKING:
+    from sweep.study.schema import Study
+    from sweep.tracking.journal import StudyRecord
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a study that has run.")]
+HomeOption = Annotated[
+    Path | None, typer.Option("--home", metavar="DIR", help="Where studies live. Default: $SWEEP_HOME, or ./.sweep.")
+]
+
+
+def is_file_name(study: str) -> bool:
+    return Path(study).suffix in (".yaml", ".yml") or os.sep in study
+
+
+def list_studies(home: Home) -> list[str]:
+    return sorted(path.parent.name for path in (home.root / "studies").glob("*/study.yaml"))
+
+
+def name_of(study: str, home: Home) -> str:
+    """The study's name; refused with the names that exist where it has not run."""
+    from sweep.study.file import read_study
+
+    name = read_study(Path(study)).study.name if is_file_name(study) else study
+    names = list_studies(home)
+    if name not in names:
+        known = f"those that have: {', '.join(names)}" if names else "no study has"
+        raise Refused(f"no study {name!r} has run in {home.root}; {known}")
+    return name
+
+
+def ran(study: str, home: Home) -> tuple[Study, StudyRecord]:
+    """The study as it ran, whatever its file says by now, and its records."""
+    from sweep.study.file import read_study
+    from sweep.tracking.journal import read_study_record
+
+    folder = home.study(name_of(study, home))
+    return read_study(folder.study_file).study, read_study_record(folder)
