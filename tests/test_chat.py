@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_tokenizers import MARKED, PLAIN, small_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sweep.study.errors import FieldError
@@ -188,11 +188,16 @@ def test_running_text_loses_nothing(smollm: Any) -> None:
 def test_characters_that_classification_leaves_out_are_counted() -> None:
     """Against the places that the tokenizer gives for the whole text; a text of over 16 characters a token too."""
     tokenizer = small_tokenizer("byte-level")
-    texts = ["Paris is warm", "hello hello, world! " * 3, "it is warm  and   sunny " * 400]
+    texts = [
+        "Paris is warm",
+        "hello hello, world! hello a",
+        "hello hello, world! " * 3,
+        "it is warm  and   sunny " * 400,
+    ]
     split = tokenise_texts([{"text": text, "label": "a"} for text in texts], ("a",), 8, tokenizer)
     lost = [len(t) - tokenizer(t, return_offsets_mapping=True)["offset_mapping"][:8][-1][1] for t in texts]
-    assert lost[0] == 0 < lost[1] < lost[2]
-    assert split.truncation == Truncation(3, 2, sum(map(len, texts)), sum(lost), 0, 0)
+    assert lost[0] == 0 < lost[1] < 5 < lost[2] < lost[3]
+    assert split.truncation == Truncation(4, 3, sum(map(len, texts)), sum(lost), 0, 0)
 
 
 # Prompts and completions
@@ -230,6 +235,8 @@ WORDS = st.text(st.one_of(*LETTERS), max_size=24)
 
 @settings(max_examples=150, deadline=None)
 @given(prompt=WORDS, completion=WORDS, kind=st.sampled_from(KINDS))
+@example(prompt="a", completion="b ", kind="trimmed")  # the last space has no place of its own
+@example(prompt="a ", completion=" b", kind="trimmed")
 def test_targets_cover_exactly_the_completions_characters(prompt: str, completion: str, kind: str) -> None:
     """Every token that carries a byte of the completion is learnt, and no other; one that carries both is."""
     check_cover(prompt, completion, small_tokenizer(kind))
