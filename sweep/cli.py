@@ -180,7 +180,7 @@ def rank_use(study: StudyName, home: HomeOption = None) -> None:
     from sweep.report.rank_use import rank_use_sentences
 
     place = find_home(home)
-    asked, record = _ran(study, place)
+    asked, record = ran(study, place)
     if record.finished_at is None:
         raise Refused(f"study {asked.name} is not complete: `sweep run` it to its end first", code=FAILED)
     try:
