@@ -210,22 +210,39 @@ def _against_the_paper(cells: Sequence[CellFound], merged: str, unmerged: Sequen
             f"{plural(len(cells), 'size')} at 95 % each, about {0.05 * len(cells):.2g} would differ by chance."
         )
     else:
-        told += " Here too no difference between the merged model and the base is shown at any size."
-    ordered = sorted(cells, key=lambda cell: cell["batch"] * cell["length"])
-    if len(ordered) > 1 and unmerged:
-        small, large = (
-            statistics.fmean(statistics.median(overhead(c, n)) for n in unmerged) for c in ordered[:: len(ordered) - 1]
-        )
+        ends = [median_interval(overhead(cell, merged)) or (0.0, 0.0) for cell in cells]
         told += (
-            f" Unmerged, the adapters cost {signed(small, 1)} % at the fewest tokens ({_size(ordered[0])}) and "
-            f"{signed(large, 1)} % at the most ({_size(ordered[-1])}), means over the ranks: "
-            + (
-                "like adapter layers, most where a pass is small."
-                if small > large
-                else "unlike adapter layers, not most where a pass is small."
-            )
+            " Here too no difference between the merged model and the base is shown at any size; the intervals leave "
+            f"room for {signed(min(low for low, _ in ends), 1)} to {signed(max(high for _, high in ends), 1)} %."
         )
-    return told
+    return told + _by_size(cells, unmerged)
+
+
+def _by_size(cells: Sequence[CellFound], unmerged: Sequence[str]) -> str:
+    """Whether unmerged adapters cost more where a pass is small, as adapter layers do: intervals must not meet."""
+    ordered = sorted(cells, key=lambda cell: int(cell["batch"]) * int(cell["length"]))
+    if len(ordered) < 2 or not unmerged:
+        return ""
+    ends = []
+    for cell in (ordered[0], ordered[-1]):
+        of_turns = [statistics.fmean(turn) for turn in zip(*(overhead(cell, name) for name in unmerged), strict=True)]
+        ends.append((statistics.median(of_turns), median_interval(of_turns)))
+    (small, at_small), (large, at_large) = ends
+    if at_small is None or at_large is None:
+        return ""
+    if at_small[0] > at_large[1]:
+        verdict = "like adapter layers they cost more where a pass is small"
+    elif at_small[1] < at_large[0]:
+        verdict = "unlike adapter layers they cost more where a pass is large"
+    else:
+        verdict = (
+            "the intervals meet, so it is not shown that they cost more where a pass is small, as adapter layers do"
+        )
+    return (
+        f" Unmerged, adapters cost {signed(small, 1)} % ({signed(at_small[0], 1)} to {signed(at_small[1], 1)}) at the "
+        f"fewest tokens ({_size(ordered[0])}) and {signed(large, 1)} % ({signed(at_large[0], 1)} to "
+        f"{signed(at_large[1], 1)}) at the most ({_size(ordered[-1])}), means over the ranks: {verdict}."
+    )
 
 
 def _standing(cells: Sequence[CellFound], kind: str, found: Found) -> str:
