@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from sweep.exits import Refused
+from sweep.arguments import HomeOption, StudyName, ran
+from sweep.exits import FAILED, Refused
+from sweep.study.home import find_home
 
 commands = typer.Typer()
 BASE = "base"  # how the base itself is called among adapters
@@ -111,6 +113,46 @@ def compress(
     ranks = sorted({rank, *(2**i for i in range(largest.bit_length()) if 2**i < largest)})
     print("of ‖ΔW‖² in all is lost at " + ", ".join(f"rank {r}: {mixed.lost_in_all(r):.2%}" for r in ranks))
     print("note: what is lost of ΔW is not what is lost of the task; measure that on held-out rows")
+
+
+@commands.command()
+def latency(
+    study: StudyName,
+    batch: Annotated[str, typer.Option(metavar="1,4,16", help="Batch sizes.")] = "1,4,16",
+    length: Annotated[str, typer.Option(metavar="16,64,128", help="Tokens of a row.")] = "16,64,128",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; from six on, intervals are at 95 %.")] = 9,
+    float32: Annotated[bool, typer.Option("--float32", help="In place of the study's own precision.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """Time a forward pass of the base, merged, unmerged and mixed adapters. `sweep report` then shows it in full."""
+    from sweep.adapters.latency import LatencyError
+    from sweep.analyses import time_answers
+    from sweep.report.latency import latency_sentences
+    from sweep.study.schema import Latency
+
+    place = find_home(home)
+    asked, record = ran(study, place)
+    wanted = Latency(
+        batch_sizes=_whole_numbers("--batch", batch),
+        lengths=_whole_numbers("--length", length),
+        repeats=repeats,
+        precision="float32" if float32 else "study",
+    )
+    try:
+        found = time_answers(asked, record, place.cache, wanted, print)
+    except LatencyError as error:
+        raise Refused(str(error), code=FAILED) from None
+    print(*latency_sentences(asked, found), f"`sweep report {asked.name}` writes it with a figure and tables", sep="\n")
+
+
+def _whole_numbers(option: str, given: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in given.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise Refused(f"{option}: {given!r} is no list of different whole numbers above 0, as in 1,4,16")
+    return numbers
 
 
 def _weighted(given: str) -> tuple[str, float]:

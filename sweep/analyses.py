@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sweep.study.home import StudyFolder
-from sweep.study.schema import Study
+from sweep.study.schema import Latency, Study
 from sweep.tracking.analyses import read_analysis, write_analysis
 from sweep.tracking.journal import StudyRecord, read_study_record
 
-RANK_USE = "rank-use"
+RANK_USE, LATENCY = "rank-use", "latency"
 
 
 def analyse(study: Study, folder: StudyFolder, cache: Path, say: Callable[[str], None]) -> None:
@@ -24,6 +24,14 @@ def analyse(study: Study, folder: StudyFolder, cache: Path, say: Callable[[str],
             look_at_rank_use(study, read_study_record(folder), cache)
         except RankUseError as error:  # the report stands without it
             say(f"rank use: {error}")
+    if study.latency is not None and read_analysis(folder, LATENCY) is None:
+        from sweep.adapters.latency import LatencyError
+
+        say("measuring what adapters cost when they answer: leave the machine alone until this is done")
+        try:
+            time_answers(study, read_study_record(folder), cache, study.latency, say)
+        except LatencyError as error:
+            say(f"latency: {error}")
 
 
 def look_at_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str, Any]:
@@ -32,4 +40,15 @@ def look_at_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str
 
     found = measure_rank_use(study, record, cache)
     write_analysis(record.folder, RANK_USE, found)
+    return found
+
+
+def time_answers(
+    study: Study, record: StudyRecord, cache: Path, asked: Latency, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Make the analysis of latency anew. Raises LatencyError where there is nothing to measure."""
+    from sweep.adapters.latency import measure_latency
+
+    found = measure_latency(study, record, cache, asked, say)
+    write_analysis(record.folder, LATENCY, found)
     return found

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from random_models import FAMILIES, Family, frozen_model, frozen_rows
+from random_models import FAMILIES, VOCAB, Family, frozen_model, frozen_rows
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from sweep.training.batches import collate
 from sweep.training.tasks import CLASSIFICATION
+
+WORDS = {"<pad>": 0, **{f"w{i}": i for i in range(1, VOCAB)}}
 
 
 def write_with_peft(family: str, to: Path, seed: int = 0, **settings: Any) -> Path:
@@ -56,3 +63,17 @@ def logits_in_peft(model: PeftModel, inputs: dict[str, Tensor], adapter: str | N
     with torch.no_grad():
         found: Tensor = model(**inputs, **more).logits
     return found
+
+
+def on_disk(family: str, to: Path, **adapters: dict[str, object]) -> dict[str, Path]:
+    """A base with a tokenizer of a word a token, and adapters that name it."""
+    frozen_model(FAMILIES[family]).save_pretrained(to / "base")  # type: ignore[operator]
+    tokenizer = Tokenizer(WordLevel(WORDS, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(to / "base")
+    folders = {}
+    for seed, (name, settings) in enumerate(adapters.items()):
+        folders[name] = write_with_peft(family, to / name, seed, **settings)
+        config = folders[name] / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(to / "base")}))
+    return folders

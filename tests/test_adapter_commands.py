@@ -9,16 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_folders import in_peft, logits_in_peft, write_with_peft
-from random_models import FAMILIES, VOCAB, frozen_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from peft_folders import WORDS, in_peft, logits_in_peft, on_disk
 
 from sweep import cli
 
-WORDS = {"<pad>": 0, **{f"w{i}": i for i in range(1, VOCAB)}}
 TEXTS = ["w3 w9 w27 w4", "w11 w5"]
 
 
@@ -27,20 +21,6 @@ def here(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)
-
-
-def on_disk(family: str, to: Path, **adapters: dict[str, object]) -> dict[str, Path]:
-    """A base with a tokenizer of a word a token, and adapters that name it."""
-    frozen_model(FAMILIES[family]).save_pretrained(to / "base")  # type: ignore[operator]
-    tokenizer = Tokenizer(WordLevel(WORDS, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(to / "base")
-    folders = {}
-    for seed, (name, settings) in enumerate(adapters.items()):
-        folders[name] = write_with_peft(family, to / name, seed, **settings)
-        config = folders[name] / "adapter_config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(to / "base")}))
-    return folders
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ _TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lor
 
 @dataclass(frozen=True)
 class Settings:
-    """Ranks and alphas as PEFT's configuration says them: common ones, and patterns of names with their own."""
+    """Ranks and alphas as PEFT's configuration says them: common ones, and patterns for modules with their own."""
 
     r: int
     lora_alpha: float

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
+from sweep.report.latency import latency_section
 from sweep.report.rank_use import rank_use_section
 from sweep.report.results import Findings
 from sweep.report.search_figures import loss_by_rate, rank_by_ratio
@@ -59,6 +60,9 @@ def analysis_sections(study: Study, record: StudyRecord, figures: Path) -> list[
     rank_use = read_analysis(record.folder, "rank-use")
     if rank_use is not None:
         sections.append(rank_use_section(study, record, rank_use, figures))
+    latency = read_analysis(record.folder, "latency")
+    if latency is not None:
+        sections.append(latency_section(study, latency, figures))
     return sections
 
 

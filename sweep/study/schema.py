@@ -194,6 +194,24 @@ class RankUse(Strict):
     budget: Count | None = None  # the rank whose parameters the second one takes; default: the second largest
 
 
+def _each_once(values: list[int]) -> list[int]:
+    if _has_repeats(values):
+        raise ValueError("holds a value twice")
+    return values
+
+
+Sizes = Annotated[list[Count], Field(min_length=1), AfterValidator(_each_once)]
+
+
+class Latency(Strict):
+    """Asks for the analysis of what adapters cost when they answer; `sweep latency` makes it for any study."""
+
+    batch_sizes: Sizes = [1, 4, 16]
+    lengths: Sizes = [16, 64, 128]  # tokens a row
+    repeats: Count = 9
+    precision: Literal["study", "float32"] = "study"  # of the base: as the study trained, or float32
+
+
 class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     question: str = ""
@@ -207,6 +225,7 @@ class Study(Strict):
     search: Search = Search()
     confirm: Confirm
     rank_use: RankUse | None = None
+    latency: Latency | None = None
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
 
     @property
