@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, model_validator
 
 from sweep.study.arms import ALL_LINEAR, LORA_PREFIX, PREFIX, Arm, full_arm, lora_arms
-from sweep.study.records import DataSettings, Setup, TrainSettings
+from sweep.study.records import DataSettings, ForgettingSettings, Setup, TrainSettings
 from sweep.study.values import (
     AlphaPatterns,
     Count,
@@ -194,6 +194,17 @@ class RankUse(Strict):
     budget: Count | None = None  # the rank whose parameters the second one takes; default: the second largest
 
 
+class Forgetting(Strict):
+    """Held-out text of the source domain: what the base knew, and trials may forget."""
+
+    source: str = Field(min_length=1)
+    text: str = "text"
+    config: str | None = None  # a hub data set's configuration
+    split: str = "train"
+    max_length: Annotated[int, Field(ge=4)] = 128
+    max_rows: Count = 200
+
+
 class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     question: str = ""
@@ -207,6 +218,7 @@ class Study(Strict):
     search: Search = Search()
     confirm: Confirm
     rank_use: RankUse | None = None
+    forgetting: Forgetting | None = None
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
 
     @property
@@ -243,6 +255,7 @@ class Study(Strict):
             split_seed=self.search.seed,
             cache=cache,
             quantization=self.quantization,
+            forgetting=ForgettingSettings(**self.forgetting.model_dump()) if self.forgetting else None,
         )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -55,10 +56,10 @@ def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
     _check_splits(rows, labels, setup.data)
     fingerprint = _fingerprint(rows)
     cached = Path(setup.cache) / f"tokens-{_cache_key(setup, place, fingerprint)}.npz"
-    tokens = _read_cache(cached)
+    tokens = read_cache(cached, SPLITS)
     if tokens is None:
         tokens = _tokenise(rows, labels, setup, place)
-        _write_cache(cached, tokens)
+        write_cache(cached, tokens)
     splits, pad_token_id = tokens
     return TokenisedData(
         **splits,
@@ -109,8 +110,12 @@ def make_splits(rows: Rows, settings: DataSettings, seed: int) -> Rows:
 def _normalised(row: Row) -> bytes:
     """What two rows share when they are duplicates."""
     words = [m["role"] + "\0" + m["content"] for m in row["messages"]] if "messages" in row else []
-    words += [row[name] for name in ("text", "prompt", "completion") if name in row]
-    text = "\0".join(" ".join(part.split()).casefold() for part in words)
+    return text_key(*words, *(row[name] for name in ("text", "prompt", "completion") if name in row))
+
+
+def text_key(*texts: str) -> bytes:
+    """The same for texts that differ in case and white space alone."""
+    text = "\0".join(" ".join(part.split()).casefold() for part in texts)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -167,11 +172,11 @@ def _fingerprint(rows: Rows) -> str:
 
 
 def _cache_key(setup: Setup, place: ModelPlace, fingerprint: str) -> str:
-    parts = [_CODE_VERSION, fingerprint, setup.task, setup.data.max_length, _tokenizer_fingerprint(place)]
+    parts = [_CODE_VERSION, fingerprint, setup.task, setup.data.max_length, tokenizer_fingerprint(place)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tokenizer_fingerprint(place: ModelPlace) -> list[str]:
+def tokenizer_fingerprint(place: ModelPlace) -> list[str]:
     """Of its files, since loading a tokenizer takes longer than all the rest."""
     library = version("transformers")
     if not place.local or place.gguf_file:
@@ -182,7 +187,8 @@ def _tokenizer_fingerprint(place: ModelPlace) -> list[str]:
     return [library, digest.hexdigest()]
 
 
-def _read_cache(path: Path) -> Tokens | None:
+def read_cache(path: Path, names: Sequence[str]) -> Tokens | None:
+    """The splits of these names; None where they are not there whole."""
     if not path.exists():
         return None
     try:
@@ -197,14 +203,15 @@ def _read_cache(path: Path) -> Tokens | None:
                 fields[f"{name}.labels"],
                 Truncation(*fields[f"{name}.truncation"].tolist()),
             )
-            for name in SPLITS
+            for name in names
         }
         return splits, int(fields["pad_token_id"])
     except Exception:  # whatever a damaged file raises, it is built anew
         return None
 
 
-def _write_cache(path: Path, tokens: Tokens) -> None:
+def write_cache(path: Path, tokens: Tokens) -> None:
+    """Write it whole or not at all. Raises OSError."""
     splits, pad_token_id = tokens
     fields: dict[str, np.ndarray] = {}
     for name, split in splits.items():
