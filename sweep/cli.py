@@ -18,7 +18,7 @@ import typer
 
 from sweep import __version__
 from sweep.adapter_commands import commands as adapter_commands
-from sweep.arguments import HomeOption, StudyName, is_file_name, list_studies, name_of, ran
+from sweep.arguments import HomeOption, StudyName, asked_as, is_file_name, list_studies, name_of, ran
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
 from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
@@ -88,12 +88,17 @@ def run(
     ] = False,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
+    from sweep.study.domains import parts_of
+
     place = find_home(home)
     source = _read(study, place, overrides or [])
     _need_writable(place)
     try:
         if dry_run:
-            _dry_run(source.study, place)
+            for part in parts_of(source.study):
+                _dry_run(part, place)
+        elif source.study.data.domains:
+            _run_domains(source.study, place, executor)
         else:
             _run(source.study, place, executor)
     except FieldError as error:  # found out with model and data at hand; the file knows the lines
@@ -107,10 +112,11 @@ def status(
 ) -> None:
     """Show how far studies are, also while they run."""
     from sweep import console
+    from sweep.over_domains import part_names
     from sweep.tracking.journal import read_study_record
 
     place, out = find_home(home), console.console()
-    names = [name_of(study, place)] if study else list_studies(place)
+    names = part_names([name_of(study, place)] if study else list_studies(place), place)
     if not names:
         out.print(f"no studies in {place.root}")
         return
@@ -125,10 +131,16 @@ def report(
     home: HomeOption = None,
 ) -> None:
     """Write report.html, report.md, trials.csv and figures. An unfinished study gets a report of what is known."""
+    from sweep import over_domains
     from sweep.report.report import write_report
 
-    asked, record = ran(study, find_home(home))
+    place = find_home(home)
+    asked = asked_as(study, place)
     folder = to or _report_folder(asked)
+    if asked.data.domains:
+        _say(*over_domains.report(asked, place, folder))
+        return
+    asked, record = ran(study, place)
     findings = write_report(asked, record, folder)
     _say(*findings.sentences, f"report: {folder / 'report.html'}")
 
@@ -143,7 +155,7 @@ def dashboard(
     from sweep.dashboard import serve
 
     place = find_home(home)
-    name = name_of(study, place) if study else None
+    name = ran(study, place)[0].name if study else None
     _need_writable(place)
     serve(place, name, port)
 
@@ -241,6 +253,26 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     if failed:
         _complain(f"{failed} {'trial' if failed == 1 else 'trials'} failed; the reasons are in the report's trials.csv")
     if failed or not places.whole:
+        raise typer.Exit(FAILED)
+
+
+def _run_domains(study: Study, home: Home, executor: ExecutorName) -> None:
+    """Each part like a study of its own, one after the other, then the analysis across them."""
+    from sweep import over_domains
+    from sweep.study.domains import parts_of
+
+    over_domains.keep_question(study, home)
+    failed = False
+    for part in parts_of(study):
+        _say(f"study {part.name}")
+        try:
+            _run(part, home, executor)
+        except typer.Exit as ended:
+            if ended.exit_code != FAILED:
+                raise
+            failed = True
+    _say(*over_domains.publish(study, home, _say))
+    if failed:
         raise typer.Exit(FAILED)
 
 

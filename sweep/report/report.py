@@ -44,14 +44,21 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
     sections = analysis_sections(study, record, findings, folder)
     view = {**_view(study, record, findings, [d for d in drawn if d is not None]), "sections": sections}
     shown = [d for d in drawn if d is not None] + [d for section in sections for d in section.figures]
-    images = {d.name: _data_uri(folder / f"{d.name}.png") for d in shown}
-    templates = _templates()
-    html = templates.get_template("report.html").render(**view, images=images)
-    markdown = templates.get_template("report.md").render(**view)
-    (to / "report.html").write_text(html, encoding="utf-8")
-    (to / "report.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+    page("report", to, view, shown, study)
     write_trials(record, to / "trials.csv")
     return findings
+
+
+def page(template: str, to: Path, view: dict[str, Any], figures: list[Drawn], study: Study) -> None:
+    """Render a template's two kinds into report.html, its figures inside, and report.md, with the study file."""
+    # Where Optuna's storage lies is no part of the question, and its URL may hold a password.
+    view = {**view, "study_file": without_paths("".join(_without_storage(dump_study(study))))}
+    images = {d.name: _data_uri(to / "figures" / f"{d.name}.png") for d in figures}
+    templates = _templates()
+    html = templates.get_template(f"{template}.html").render(**view, images=images)
+    markdown = templates.get_template(f"{template}.md").render(**view)
+    (to / "report.html").write_text(html, encoding="utf-8")
+    (to / "report.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
 
 
 def analysis_sections(study: Study, record: StudyRecord, findings: Findings, figures: Path) -> list[Section]:
@@ -93,8 +100,6 @@ def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[D
         "chance": chance_line(study, findings),
         "table_note": _table_note(study),
         "limits": _limits(study, record),
-        # Where Optuna's storage lies is no part of the question, and its URL may hold a password.
-        "study_file": without_paths("".join(_without_storage(dump_study(study)))),
     }
 
 

@@ -27,6 +27,7 @@ class DataSettings:
     messages: str | None = None
     split: str = "train"
     config: str | None = None
+    max_evaluation_rows: int | None = None  # of validation and of test; None: all of them
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sweep.study.records import DataSettings, ForgettingSettings, Setup, TrainSe
 from sweep.study.values import (
     AlphaPatterns,
     Count,
+    Domains,
     Fraction,
     Modules,
     Part,
@@ -32,7 +33,8 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    source: str = Field(min_length=1)
+    source: str = Field(min_length=1)  # with data.domains it holds {domain}, or config does
+    domains: Domains | None = None  # one study each, and an analysis across them; the first is the control
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
@@ -43,6 +45,7 @@ class Data(Strict):
     max_length: Annotated[int, Field(ge=4)] = 128
     validation: Part = 0.1
     test: Part = 0.1
+    max_evaluation_rows: Count | None = None  # of validation and of test, drawn by the split seed
 
     @model_validator(mode="after")
     def _columns_go_together(self) -> Data:
@@ -250,7 +253,7 @@ class Study(Strict):
         return Setup(
             model=self.model,
             task=self.task,
-            data=DataSettings(**self.data.model_dump()),
+            data=DataSettings(**self.data.model_dump(exclude={"domains"})),
             train=TrainSettings(**{**self.train.model_dump(), "betas": tuple(self.train.betas)}),
             split_seed=self.search.seed,
             cache=cache,

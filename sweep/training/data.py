@@ -17,7 +17,7 @@ from sweep.study.errors import FieldError
 from sweep.study.records import DataSettings, Setup, Truncation
 from sweep.training.locate import ModelPlace, load_tokenizer, model_fingerprint
 from sweep.training.sources import Row, Rows, read_rows
-from sweep.training.tokens import Split, tokenise_for_lm, tokenise_texts
+from sweep.training.tokens import Split, choose_rows, tokenise_for_lm, tokenise_texts
 
 __all__ = ["Split", "TokenisedData", "load_data"]
 SPLITS = ("train", "validation", "test")
@@ -44,7 +44,7 @@ def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
 
     Of rows with the same text (case and white space aside) the test split keeps one, else validation, else train.
     Fractions are of all rows, seeded by setup.split_seed and, for classification, drawn from every class alike; every
-    class keeps a training row.
+    class keeps a training row. Of validation and test at most max_evaluation_rows tokenised rows are drawn.
     Raises FieldError on `data.…` for what cannot be used, and on `model` where its tokenizer cannot.
     """
     rows, duplicates_removed = remove_duplicates(read_rows(setup.data, setup.task))
@@ -61,6 +61,10 @@ def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
         tokens = _tokenise(rows, labels, setup, place)
         write_cache(cached, tokens)
     splits, pad_token_id = tokens
+    most = setup.data.max_evaluation_rows
+    if most is not None:
+        for i, name in enumerate(("validation", "test")):
+            splits[name] = choose_rows(splits[name], most, np.random.default_rng([setup.split_seed, i]))
     return TokenisedData(
         **splits,
         labels=labels,

@@ -16,7 +16,7 @@ from sweep.training.data import read_cache, text_key, tokenizer_fingerprint, wri
 from sweep.training.locate import ModelPlace, load_tokenizer
 from sweep.training.sources import Row, read_rows
 from sweep.training.tasks import CAUSAL_LM, CLASSIFICATION
-from sweep.training.tokens import Split, tokenise_for_lm, tokenise_texts
+from sweep.training.tokens import Split, choose_rows, tokenise_for_lm, tokenise_texts
 
 TASKS = (CLASSIFICATION, CAUSAL_LM)  # whose models read text
 MASKED_SHARE = 0.15  # of a row's tokens; at least one
@@ -125,12 +125,3 @@ def _tokenise(
         words = start + np.flatnonzero(~special[start:stop])
         hidden[rng.permutation(words)[: max(1, round(MASKED_SHARE * len(words)))]] = 1
     return {"source": Split(split.input_ids, split.offsets, hidden)}, int(tokenizer.mask_token_id)
-
-
-def choose_rows(split: Split, most: int, rng: np.random.Generator) -> Split:
-    """At most that many rows of a causal-lm split, in their order."""
-    chosen = np.sort(rng.permutation(len(split))[:most])
-    spans = [slice(split.offsets[i], split.offsets[i + 1]) for i in chosen]
-    offsets = np.concatenate([[0], np.cumsum(split.lengths[chosen])])
-    flat = [np.concatenate([array[span] for span in spans]) for array in (split.input_ids, split.labels)]
-    return Split(flat[0], offsets, flat[1])
