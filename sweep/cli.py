@@ -88,6 +88,7 @@ def run(
     ] = False,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
+    from sweep import over_domains
     from sweep.study.domains import parts_of
 
     place = find_home(home)
@@ -96,9 +97,11 @@ def run(
     try:
         if dry_run:
             for part in parts_of(source.study):
+                if part != source.study:
+                    _say(f"study {part.name}")
                 _dry_run(part, place)
         elif source.study.data.domains:
-            _run_domains(source.study, place, executor)
+            over_domains.run(source.study, place, lambda part: _run(part, place, executor), _say)
         else:
             _run(source.study, place, executor)
     except FieldError as error:  # found out with model and data at hand; the file knows the lines
@@ -253,26 +256,6 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     if failed:
         _complain(f"{failed} {'trial' if failed == 1 else 'trials'} failed; the reasons are in the report's trials.csv")
     if failed or not places.whole:
-        raise typer.Exit(FAILED)
-
-
-def _run_domains(study: Study, home: Home, executor: ExecutorName) -> None:
-    """Each part like a study of its own, one after the other, then the analysis across them."""
-    from sweep import over_domains
-    from sweep.study.domains import parts_of
-
-    over_domains.keep_question(study, home)
-    failed = False
-    for part in parts_of(study):
-        _say(f"study {part.name}")
-        try:
-            _run(part, home, executor)
-        except typer.Exit as ended:
-            if ended.exit_code != FAILED:
-                raise
-            failed = True
-    _say(*over_domains.publish(study, home, _say))
-    if failed:
         raise typer.Exit(FAILED)
 
 

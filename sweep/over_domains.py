@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import typer
+
 from sweep.exits import FAILED, Refused
 from sweep.study.domains import parts_of
 from sweep.study.home import Home
@@ -28,6 +30,27 @@ def keep_question(study: Study, home: Home) -> None:
                 raise Refused(str(error), *error.diff) from None
     home.study(study.name).path.mkdir(parents=True, exist_ok=True)
     write_question(study, home.study(study.name))
+
+
+def run(study: Study, home: Home, run_part: Callable[[Study], None], say: Callable[[str], None]) -> None:
+    """Run each part like a study of its own, one after the other, then compare them.
+
+    Raises typer.Exit where a part ended with failed trials, once all is done, or at once where it was interrupted.
+    """
+    keep_question(study, home)
+    failed = False
+    for part in parts_of(study):
+        say(f"study {part.name}")
+        try:
+            run_part(part)
+        except typer.Exit as ended:
+            if ended.exit_code != FAILED:
+                raise
+            failed = True
+    for line in publish(study, home, say):
+        say(line)
+    if failed:
+        raise typer.Exit(FAILED)
 
 
 def publish(study: Study, home: Home, say: Callable[[str], None]) -> list[str]:

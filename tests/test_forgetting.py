@@ -195,6 +195,29 @@ def test_forgetting_of_a_classifier_is_the_loss_of_the_checkpoints_own_head_over
             assert abs(expected - base) > 1e-3, "nothing is forgotten, so the test would be blind"
 
 
+def test_forgetting_of_a_classifier_behind_a_prefix_is_that_of_its_embeddings_before_the_head_that_reads_tokens(
+    place: Path, tmp_path: Path
+) -> None:
+    study = ask(place, "sequence-classification")
+    arms = study.arms.model_copy(update={"method": ["prefix", "lora+prefix"], "prefix_length": [3], "rank": [8]})
+    study = study.model_copy(update={"arms": arms})
+    setup, _, found = run(study, tmp_path)
+    text = load_source_text(setup, locate_model(setup.model))
+    for arm in (arm for arm in study.list_arms() if not arm.is_full):
+        model: Any = BertForMaskedLM.from_pretrained(place / "bert")
+        model = put_on(model, arm, tmp_path, 4) if arm.r else model
+        prompt = load_checkpoint(tmp_path / arm.name, 4).weights["prompt_embeddings"]
+        losses = []
+        for start, stop in zip(text.split.offsets, text.split.offsets[1:], strict=False):
+            ids = torch.from_numpy(text.split.input_ids[start:stop].astype(np.int64))[None]
+            hidden = torch.from_numpy(text.split.labels[start:stop] == 1)[None]
+            with torch.no_grad():
+                seen = model.get_input_embeddings()(ids.masked_fill(hidden, text.mask_token_id))
+                logits = model.eval()(inputs_embeds=torch.cat([prompt[None], seen], 1)).logits[:, len(prompt) :]
+            losses += torch.nn.functional.cross_entropy(logits[hidden], ids[hidden], reduction="none").tolist()
+        assert found[arm.name][-1].forgetting_loss == pytest.approx(np.mean(losses), abs=1e-4)
+
+
 def test_hidden_tokens_are_a_fixed_share_of_words(place: Path, tmp_path: Path) -> None:
     setup = ask(place, "sequence-classification", max_length=32).setup(str(tmp_path / "one"))
     model = locate_model(setup.model)
