@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sweep.study.home import StudyFolder
+from sweep.study.domains import domain_studies
+from sweep.study.home import Home, StudyFolder
 from sweep.study.schema import Latency, Study
 from sweep.tracking.analyses import read_analysis, write_analysis
 from sweep.tracking.journal import StudyRecord, read_study_record
 
 RANK_USE, LATENCY = "rank-use", "latency"
+DOMAINS = "domains"
 
 
 def analyse(study: Study, folder: StudyFolder, cache: Path, say: Callable[[str], None]) -> None:
@@ -52,3 +54,19 @@ def time_answers(
     found = measure_latency(study, record, cache, asked, say)
     write_analysis(record.folder, LATENCY, found)
     return found
+
+
+def analyse_domains(study: Study, home: Home, say: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
+    """The analysis across a study's domains, all of which are finished, and whether it was made now: where there is
+    none yet, or a domain has run since."""
+    from sweep.adapters.domains import compare_domains
+
+    parts, folder = domain_studies(study), home.study(study.name)
+    records = {domain: read_study_record(home.study(part.name)) for domain, part in parts.items()}
+    made_from = {parts[domain].name: record.finished_at for domain, record in records.items()}
+    found = read_analysis(folder, DOMAINS)
+    if found is not None and found["made_from"] == made_from:
+        return found, False
+    found = {**compare_domains(parts, records, home.cache, say), "made_from": made_from}
+    write_analysis(folder, DOMAINS, found)
+    return found, True

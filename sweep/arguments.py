@@ -41,10 +41,18 @@ def name_of(study: str, home: Home) -> str:
     return name
 
 
-def ran(study: str, home: Home) -> tuple[Study, StudyRecord]:
-    """The study as it ran, whatever its file says by now, and its records."""
+def asked_as(study: str, home: Home) -> Study:
+    """The study as it ran, whatever its file says by now."""
     from sweep.study.file import read_study
+
+    return read_study(home.study(name_of(study, home)).study_file).study
+
+
+def ran(study: str, home: Home) -> tuple[Study, StudyRecord]:
+    """The study as it ran, and its records. One over domains has none of its own, and is refused with its parts."""
+    from sweep.over_domains import refuse_whole
     from sweep.tracking.journal import read_study_record
 
-    folder = home.study(name_of(study, home))
-    return read_study(folder.study_file).study, read_study_record(folder)
+    asked = asked_as(study, home)
+    refuse_whole(asked)
+    return asked, read_study_record(home.study(asked.name))

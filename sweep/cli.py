@@ -18,7 +18,7 @@ import typer
 
 from sweep import __version__
 from sweep.adapter_commands import commands as adapter_commands
-from sweep.arguments import HomeOption, StudyName, is_file_name, list_studies, name_of, ran
+from sweep.arguments import HomeOption, StudyName, asked_as, is_file_name, list_studies, name_of, ran
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
 from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
@@ -88,12 +88,20 @@ def run(
     ] = False,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
+    from sweep import over_domains
+    from sweep.study.domains import parts_of
+
     place = find_home(home)
     source = _read(study, place, overrides or [])
     _need_writable(place)
     try:
         if dry_run:
-            _dry_run(source.study, place)
+            for part in parts_of(source.study):
+                if part != source.study:
+                    _say(f"study {part.name}")
+                _dry_run(part, place)
+        elif source.study.data.domains:
+            over_domains.run(source.study, place, lambda part: _run(part, place, executor), _say)
         else:
             _run(source.study, place, executor)
     except FieldError as error:  # found out with model and data at hand; the file knows the lines
@@ -107,10 +115,11 @@ def status(
 ) -> None:
     """Show how far studies are, also while they run."""
     from sweep import console
+    from sweep.over_domains import part_names
     from sweep.tracking.journal import read_study_record
 
     place, out = find_home(home), console.console()
-    names = [name_of(study, place)] if study else list_studies(place)
+    names = part_names([name_of(study, place)] if study else list_studies(place), place)
     if not names:
         out.print(f"no studies in {place.root}")
         return
@@ -125,10 +134,16 @@ def report(
     home: HomeOption = None,
 ) -> None:
     """Write report.html, report.md, trials.csv and figures. An unfinished study gets a report of what is known."""
+    from sweep import over_domains
     from sweep.report.report import write_report
 
-    asked, record = ran(study, find_home(home))
+    place = find_home(home)
+    asked = asked_as(study, place)
     folder = to or _report_folder(asked)
+    if asked.data.domains:
+        _say(*over_domains.report(asked, place, folder))
+        return
+    asked, record = ran(study, place)
     findings = write_report(asked, record, folder)
     _say(*findings.sentences, f"report: {folder / 'report.html'}")
 
@@ -143,7 +158,7 @@ def dashboard(
     from sweep.dashboard import serve
 
     place = find_home(home)
-    name = name_of(study, place) if study else None
+    name = ran(study, place)[0].name if study else None
     _need_writable(place)
     serve(place, name, port)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sweep.execution.worker import Work
 from sweep.study.arms import Arm
-from sweep.study.records import Cost, Measurement, Prepared, Setup, TrialSpec, Unit
+from sweep.study.records import Cost, Measurement, Prepared, Setup, SourceText, TrialSpec, Unit
 from sweep.study.schema import Study
 
 
@@ -91,11 +91,12 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         precision="float32",
         attention="eager",
         pack_size=5,
+        source_text=SourceText(1, 1, 0, "t", False, 3.0, 3.0) if setup.forgetting else None,
     )
 
 
-def fingerprints(setup: Setup) -> tuple[str, str]:
-    return "d", "m"
+def fingerprints(setup: Setup) -> tuple[str, str, str]:
+    return "d", "m", "t" if setup.forgetting else ""
 
 
 def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:

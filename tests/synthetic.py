@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from sweep.study.records import (
     Cost,
     Measurement,
     Prepared,
+    SourceText,
     TrialSpec,
     to_json,
 )
@@ -28,6 +30,7 @@ from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, append, append_asked, append_end, append_rung, read_study_record
 
 QUICKSTART = Path(__file__).parents[1] / "studies" / "quickstart.yaml"
+SOURCE_LOSS = 3.0  # of the base
 FLOOR = {2: 0.262, 4: 0.225, 8: 0.205, 64: 0.198, 0: 0.182}  # final loss by rank; 0: full fine-tuning
 END = {  # (phase, arm, learning rate or seed) → how that trial ends other than by the plan
     (SEARCH, "r64-ratio2", 0.03): DIVERGED,
@@ -50,16 +53,18 @@ def write_study(
     prepared: bool = True,
     chance: tuple[float | None, float | None] = (1.604, 0.232),
     stop_after: int | None = None,
+    forgets: Callable[[Arm, int, int], float] | None = None,
 ) -> StudyRecord:
     """Every trial of the study as a run would leave it; with `stop_after`, only the first trials and no end.
 
+    forgets: rise of the loss on source text of (arm, seed, step), where the study asks about it.
     chance: loss and accuracy of always answering by the labels' frequencies.
     final_loss: test loss of (arm, seed) in the confirm phase; without it a plausible one with noise.
     """
     home = StudyFolder(folder)
     append(home.journal, "started")
     if prepared:
-        append(home.journal, "prepared", prepared=to_json(_prepared(study, chance)))
+        append(home.journal, "prepared", prepared=to_json(_prepared(study, chance, forgets is not None)))
     rng = np.random.default_rng(7)
     noise = {s: rng.normal(0, 0.012) for s in study.confirm.seeds}  # of the seed: shared by all arms
 
@@ -70,7 +75,7 @@ def write_study(
     for i, (spec, state, steps) in enumerate(plan):
         if stop_after is not None and i >= stop_after:
             return read_study_record(home)
-        _write_trial(study, spec, state, steps, (final_loss or plausible), rng)
+        _write_trial(study, spec, state, steps, (final_loss or plausible), rng, forgets)
     if costs:
         for arm in {arm.cost_key: arm for arm in study.list_arms()}.values():
             append(home.journal, "cost", cost=to_json(_cost(arm)))
@@ -112,6 +117,7 @@ def _write_trial(
     steps: int,
     final_loss: Callable[[Arm, int], float],
     rng: np.random.Generator,
+    forgets: Callable[[Arm, int, int], float] | None,
 ) -> None:
     append_asked(spec)
     if state == FAILED:
@@ -146,10 +152,16 @@ def _write_trial(
                 pack_size=4,
                 pack_seconds=8.0,
                 tokens=480 * (stop - start),
+                **({} if forgets is None or spec.phase != CONFIRM or gone else _source(spec, start, stop, forgets)),
             ),
         )
         start = stop
     append_end(spec, state, "loss is not finite" if state == DIVERGED else "")
+
+
+def _source(spec: TrialSpec, start: int, stop: int, forgets: Callable[[Arm, int, int], float]) -> dict[str, Any]:
+    loss = {"forgetting_loss": SOURCE_LOSS + forgets(spec.arm, spec.seed, stop)}
+    return loss if start else {**loss, "eval_loss_at_start": 1.61}
 
 
 def _cost(arm: Arm) -> Cost:
@@ -168,7 +180,7 @@ def _cost(arm: Arm) -> Cost:
     )
 
 
-def _prepared(study: Study, chance: tuple[float | None, float | None]) -> Prepared:
+def _prepared(study: Study, chance: tuple[float | None, float | None], source: bool) -> Prepared:
     return Prepared(
         rows={"train": 1713, "validation": 131, "test": 327},
         duplicates_removed=54,
@@ -186,4 +198,5 @@ def _prepared(study: Study, chance: tuple[float | None, float | None]) -> Prepar
         chance_loss=chance[0],
         chance_accuracy=chance[1],
         versions={"python": "3.11.9", "torch": "2.13.0", "transformers": "5.0.0"},
+        source_text=SourceText(200, 3650, 3, "77aa", True, SOURCE_LOSS, SOURCE_LOSS) if source else None,
     )

@@ -120,12 +120,17 @@ def test_the_lines_of_a_failure_can_still_be_printed() -> None:
 
 @pytest.mark.parametrize(
     ("now", "fields"),
-    [(("other", "m"), ["data.source"]), (("d", "other"), ["model"]), (("x", "y"), ["data.source", "model"])],
+    [
+        (("other", "m", "t"), ["data.source"]),
+        (("d", "other", "t"), ["model"]),
+        (("x", "y", "t"), ["data.source", "model"]),
+        (("d", "m", "other"), ["forgetting.source"]),
+    ],
 )
 def test_a_study_is_not_taken_up_with_other_data_or_another_model(
-    home: Home, now: tuple[str, str], fields: list[str]
+    home: Home, now: tuple[str, str, str], fields: list[str]
 ) -> None:
-    study = make_study()
+    study = make_study(forgetting={"source": "none"})
 
     def train(unit: Unit) -> tuple[Measurement, ...]:
         if unit.start:

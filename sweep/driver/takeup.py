@@ -22,11 +22,13 @@ from sweep.tracking.journal import TrialRecord
 
 def refuse_other_inputs(executor: Executor, work: Work, setup: Setup, prepared: Prepared) -> None:
     """Raise FieldError where data or model are not those that the study began with, or cannot be read any more."""
-    data, model = executor.submit(work.fingerprints, setup).result()
-    compared = (
+    data, model, text = executor.submit(work.fingerprints, setup).result()
+    compared = [
         ("data.source", setup.data.source, prepared.data_fingerprint, data),
         ("model", setup.model, prepared.model_fingerprint, model),
-    )
+    ]
+    if setup.forgetting and prepared.source_text:
+        compared.append(("forgetting.source", setup.forgetting.source, prepared.source_text.fingerprint, text))
     problems = [
         (
             field,

@@ -20,8 +20,11 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     return prepare(setup, arms)
 
 
-def fingerprints(setup: Setup) -> tuple[str, str]:
-    """Of the data and of the model as they are now. Raises FieldError where they cannot be read."""
+def fingerprints(setup: Setup) -> tuple[str, str, str]:
+    """Of data, model and text of the source domain ("" without) as they are now.
+
+    Raises FieldError where they cannot be read.
+    """
     from sweep.training.prepare import fingerprints
 
     return fingerprints(setup)
@@ -62,6 +65,6 @@ class Work:
     """The worker's functions as the driver calls them; tests put a fake trainer here."""
 
     prepare: Callable[[Setup, tuple[Arm, ...]], Prepared] = prepare
-    fingerprints: Callable[[Setup], tuple[str, str]] = fingerprints
+    fingerprints: Callable[[Setup], tuple[str, str, str]] = fingerprints
     train_rung: Callable[[Unit], tuple[Measurement, ...]] = train_rung
     probe: Callable[[Setup, Prepared, Arm], Cost] = probe

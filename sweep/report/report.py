@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
+from sweep.report.forgetting_section import forgetting_section
 from sweep.report.latency import latency_section
 from sweep.report.rank_use import rank_use_section
 from sweep.report.results import Findings
@@ -41,29 +42,36 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
         draw(memory, folder, study, record),
         draw(pareto, folder, study, findings),
     ]
-    sections = analysis_sections(study, record, folder)
+    sections = analysis_sections(study, record, findings, folder)
     view = {**_view(study, record, findings, [d for d in drawn if d is not None]), "sections": sections}
     shown = [d for d in drawn if d is not None] + [d for section in sections for d in section.figures]
-    images = {d.name: _data_uri(folder / f"{d.name}.png") for d in shown}
-    templates = _templates()
-    html = templates.get_template("report.html").render(**view, images=images)
-    markdown = templates.get_template("report.md").render(**view)
-    (to / "report.html").write_text(html, encoding="utf-8")
-    (to / "report.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+    page("report", to, view, shown, study)
     write_trials(record, to / "trials.csv")
     return findings
 
 
-def analysis_sections(study: Study, record: StudyRecord, figures: Path) -> list[Section]:
+def page(template: str, to: Path, view: dict[str, Any], figures: list[Drawn], study: Study) -> None:
+    """Render a template's two kinds into report.html, its figures inside, and report.md, with the study file."""
+    # Where Optuna's storage lies is no part of the question, and its URL may hold a password.
+    view = {**view, "study_file": without_paths("".join(_without_storage(dump_study(study))))}
+    images = {d.name: _data_uri(to / "figures" / f"{d.name}.png") for d in figures}
+    templates = _templates()
+    html = templates.get_template(f"{template}.html").render(**view, images=images)
+    markdown = templates.get_template(f"{template}.md").render(**view)
+    (to / "report.html").write_text(html, encoding="utf-8")
+    (to / "report.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+
+
+def analysis_sections(study: Study, record: StudyRecord, findings: Findings, figures: Path) -> list[Section]:
     """What analyses found about this study, one section each; their figures are drawn into the folder `figures`."""
-    sections = []
+    sections = [forgetting_section(study, record, findings, figures)]
     rank_use = read_analysis(record.folder, "rank-use")
     if rank_use is not None:
         sections.append(rank_use_section(study, record, rank_use, figures))
     latency = read_analysis(record.folder, "latency")
     if latency is not None:
         sections.append(latency_section(study, latency, figures))
-    return sections
+    return [section for section in sections if section is not None]
 
 
 def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[Drawn]) -> dict[str, Any]:
@@ -96,8 +104,6 @@ def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[D
         "chance": chance_line(study, findings),
         "table_note": _table_note(study),
         "limits": _limits(study, record),
-        # Where Optuna's storage lies is no part of the question, and its URL may hold a password.
-        "study_file": without_paths("".join(_without_storage(dump_study(study)))),
     }
 
 
@@ -109,6 +115,7 @@ def _table_note(study: Study) -> str:
         f"stopping at the first that is not shown). Inferior: shown to lie more than ε above it (the same test, with "
         f"Holm's correction). The intervals are two-sided at 95 % and so a little wider than what these tests need. "
         "Memory, step time and parameters are from solo probes."
+        + (" Forgetting: the rise of the loss on source text; above 0 is forgotten." if study.forgetting else "")
     )
 
 

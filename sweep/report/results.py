@@ -35,6 +35,7 @@ class ArmResult:
     failed_seeds: tuple[int, ...]  # left out of the means
     trainable_params: int | None
     cost: Cost | None
+    forgetting: Interval | None = None  # rise of the loss on source text at the last step; None where not measured
 
 
 @dataclass(frozen=True)

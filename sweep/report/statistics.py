@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sweep.report.cautions import cautions, first_unlearned
+from sweep.report.forgetting import at_the_end
 from sweep.report.intervals import NON_INFERIOR, REFERENCE, Interval, judge, t_interval
 from sweep.report.results import ArmResult, Findings
 from sweep.report.search import SearchRow, edge_warnings, find_edges, search_rows
@@ -117,6 +118,7 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
         failed_seeds=tuple(t.spec.seed for t in trials if t.state == FAILED),
         trainable_params=cost.trainable_params if cost else known,
         cost=cost,
+        forgetting=at_the_end(record, done),
     )
 
 

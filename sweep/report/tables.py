@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sweep.report.intervals import Interval
 from sweep.report.results import ArmResult, Findings
 from sweep.report.truncation import truncation_lines
 from sweep.report.words import (
@@ -51,6 +52,7 @@ TRIAL_COLUMNS = [
     "eval_loss",
     "eval_accuracy",
     "eval_perplexity",
+    "forgetting_loss",
     "test_loss",
     "test_accuracy",
     "test_perplexity",
@@ -82,10 +84,12 @@ class Table:
 def confirmed_table(study: Study, findings: Findings) -> Table:
     """Arm × what was confirmed and what it costs."""
     decimals = loss_decimals(study.confirm.epsilon)
+    forgets = any(r.forgetting is not None for r in findings.arms)
     heads = (
         "Arm",
         "Test loss",
         findings.arms[0].metric_name.capitalize() if findings.arms else "Metric",
+        *(["Forgetting"] if forgets else []),
         "Difference to full fine-tuning",
         f"Against rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}",
         "Trainable parameters",
@@ -93,7 +97,9 @@ def confirmed_table(study: Study, findings: Findings) -> Table:
         "Step time",
         "Adapter size",
     )
-    rows = tuple(Row(_confirmed(study, r, decimals), r.arm.name == findings.recommended) for r in findings.arms)
+    rows = tuple(
+        Row(_confirmed(study, r, decimals, forgets), r.arm.name == findings.recommended) for r in findings.arms
+    )
     return Table(heads, rows)
 
 
@@ -146,6 +152,17 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
             ("Device", f"{prepared.device}, {prepared.precision}, {prepared.attention} attention"),
             ("Pack size", f"{plural(prepared.pack_size, 'trial')} at once over one frozen base"),
         ]
+        if prepared.source_text is not None and study.forgetting is not None:
+            text = prepared.source_text
+            kind = "masked" if text.masked else "next"
+            facts.append(
+                (
+                    "Source text",
+                    f"{without_paths(study.forgetting.source)}: {plural(text.rows, 'row')}, {text.targets:,} {kind} "
+                    f"tokens; loss of the base {text.loss:.4f}; {plural(text.removed, 'row')} removed that the data "
+                    f"holds too; {text.fingerprint}",
+                )
+            )
         if prepared.calibration:
             facts.append(("Calibration", "; ".join(_figures(c) for c in prepared.calibration)))
         if prepared.tokens_per_step:
@@ -199,7 +216,7 @@ def write_trials(record: StudyRecord, to: Path) -> None:
         writer.writerows(_trial(t) for t in record.trials)
 
 
-def _confirmed(study: Study, result: ArmResult, decimals: int) -> tuple[Cell, ...]:
+def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) -> tuple[Cell, ...]:
     cost, name = result.cost, result.metric_name
     about = f"rate {rate(result.learning_rate)}, {plural(len(result.seeds), 'seed')}"
     gone = [(result.diverged_seeds, DIVERGED), (result.failed_seeds, FAILED)]
@@ -213,6 +230,7 @@ def _confirmed(study: Study, result: ArmResult, decimals: int) -> tuple[Cell, ..
         Cell(arm_title(result.arm, study.list_arms()), about),
         Cell(number(result.loss_mean, decimals), span(result.loss_low, result.loss_high, decimals)),
         Cell(metric(name, result.metric_mean), metric_span(name, result.metric_low, result.metric_high)),
+        *([change(result.forgetting, decimals)] if forgets else []),
         Cell(*full),
         Cell(result.verdict or "–", against, result.note),
         Cell(count(result.trainable_params)),
@@ -220,6 +238,13 @@ def _confirmed(study: Study, result: ArmResult, decimals: int) -> tuple[Cell, ..
         Cell(duration(cost.step_time_s if cost else None)),
         Cell(size(cost.adapter_bytes if cost else None)),
     )
+
+
+def change(found: Interval | None, decimals: int) -> Cell:
+    """A signed mean over its interval."""
+    if found is None:
+        return Cell("–")
+    return Cell(signed(found.mean, decimals), span(found.low, found.high, decimals, plus=True))
 
 
 def _times(record: StudyRecord) -> list[tuple[str, str]]:
@@ -274,6 +299,12 @@ def _trial(trial: TrialRecord) -> dict[str, object]:
         "reason": without_paths(trial.reason),
     }
     if last is not None:
-        found = {"eval_loss": last.eval_loss, "diverged_at": last.diverged_at, **last.eval_metrics, **last.test_metrics}
+        found = {
+            "eval_loss": last.eval_loss,
+            "forgetting_loss": last.forgetting_loss,
+            "diverged_at": last.diverged_at,
+            **last.eval_metrics,
+            **last.test_metrics,
+        }
         row |= {k: v for k, v in found.items() if k in TRIAL_COLUMNS and v is not None}
     return row

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sweep.study.domains import domain_checks
 from sweep.study.schema import Study, cross_checks
 
 FieldPath = tuple[str | int, ...]
@@ -103,7 +104,7 @@ def validate(raw: dict[str, Any], line_of: Mapping[FieldPath, int]) -> tuple[Stu
                 seen.add((field, message))
                 problems.append(Problem(".".join(map(str, field)), message, _line(line_of, field)))
         sections = _sections_that_hold(raw)
-    for field, message in cross_checks(sections):
+    for field, message in (*cross_checks(sections), *domain_checks(sections)):
         problems.append(Problem(".".join(field), message, _line(line_of, field)))
     return study, problems
 

@@ -27,6 +27,19 @@ class DataSettings:
     messages: str | None = None
     split: str = "train"
     config: str | None = None
+    max_evaluation_rows: int | None = None  # of validation and of test; None: all of them
+
+
+@dataclass(frozen=True)
+class ForgettingSettings:
+    """Held-out text of the source domain; the study file's `forgetting`."""
+
+    source: str
+    text: str = "text"
+    config: str | None = None
+    split: str = "train"
+    max_length: int = 128
+    max_rows: int = 200
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Setup:
     split_seed: int  # decides which rows are training, validation and test
     cache: str  # folder for tokenised data and calibrations
     quantization: str | None = None  # "4bit" or "8bit": how the frozen base is held
+    forgetting: ForgettingSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,23 @@ class Truncation:
     lost: int = 0  # of that length
     answers_cut: int = 0  # rows that lost a part of an answer
     dropped: int = 0  # rows without any target, which would teach nothing
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """The text that forgetting is measured on, and the loss of the base on it, before any training."""
+
+    rows: int
+    targets: int  # tokens that the loss is a mean over
+    removed: int  # rows that stand in the study's data too
+    fingerprint: str
+    masked: bool  # a masked-language-model loss, of tokens hidden once for all; else that of each next token
+    loss: float  # in the precision that packs are evaluated in
+    full_loss: float  # in that of full fine-tuning
+
+    def base_loss(self, arm: Arm) -> float:
+        """What the arm's losses are held against: in bfloat16 the two ways of evaluating differ by rounding."""
+        return self.full_loss if arm.is_full else self.loss
 
 
 @dataclass(frozen=True)
@@ -94,6 +125,7 @@ class Prepared:
     chance_accuracy: float | None = None  # None for causal-lm
     versions: dict[str, str] = field(default_factory=dict)
     truncation: dict[str, Truncation] = field(default_factory=dict)  # by split
+    source_text: SourceText | None = None  # None where the study does not ask about forgetting
 
 
 @dataclass(frozen=True)
@@ -136,6 +168,9 @@ class Measurement:
     pack_size: int
     pack_seconds: float  # wall time of the whole pack's rung: joint, never a trial's own
     tokens: int  # of this trial in this rung, padding not counted
+    # Where the study asks about forgetting, in the confirm phase:
+    forgetting_loss: float | None = None  # on the text of the source domain, after the rung
+    eval_loss_at_start: float | None = None  # of the first rung: validation loss before any step
 
 
 @dataclass(frozen=True)
@@ -176,7 +211,10 @@ def measurement_from_json(value: dict[str, Any]) -> Measurement:
 def prepared_from_json(value: dict[str, Any]) -> Prepared:
     truncation = {split: Truncation(**taken) for split, taken in value.get("truncation", {}).items()}
     tuples = {name: tuple(value[name]) for name in ("labels", "calibration")}
-    return Prepared(**{**value, **tuples, "truncation": truncation})
+    text = value.get("source_text")
+    return Prepared(
+        **{**value, **tuples, "truncation": truncation, "source_text": SourceText(**text) if text else None}
+    )
 
 
 def cost_from_json(value: dict[str, Any]) -> Cost:

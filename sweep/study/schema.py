@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, model_validator
 
 from sweep.study.arms import ALL_LINEAR, LORA_PREFIX, PREFIX, Arm, full_arm, lora_arms
-from sweep.study.records import DataSettings, Setup, TrainSettings
+from sweep.study.records import DataSettings, ForgettingSettings, Setup, TrainSettings
 from sweep.study.values import (
     AlphaPatterns,
     Count,
+    Domains,
     Fraction,
     Modules,
     Part,
@@ -32,7 +33,8 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    source: str = Field(min_length=1)
+    source: str = Field(min_length=1)  # with data.domains it holds {domain}, or config does
+    domains: Domains | None = None  # one study each, and an analysis across them; the first is the control
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
@@ -43,6 +45,7 @@ class Data(Strict):
     max_length: Annotated[int, Field(ge=4)] = 128
     validation: Part = 0.1
     test: Part = 0.1
+    max_evaluation_rows: Count | None = None  # of validation and of test, drawn by the split seed
 
     @model_validator(mode="after")
     def _columns_go_together(self) -> Data:
@@ -195,7 +198,7 @@ class RankUse(Strict):
 
 
 def _each_once(values: list[int]) -> list[int]:
-    if _has_repeats(values):
+    if has_repeats(values):
         raise ValueError("holds a value twice")
     return values
 
@@ -212,6 +215,17 @@ class Latency(Strict):
     precision: Literal["study", "float32"] = "study"  # of the base: as the study trained, or float32
 
 
+class Forgetting(Strict):
+    """Held-out text of the source domain: what the base knew, and trials may forget."""
+
+    source: str = Field(min_length=1)
+    text: str = "text"
+    config: str | None = None  # a hub data set's configuration
+    split: str = "train"
+    max_length: Annotated[int, Field(ge=4)] = 128
+    max_rows: Count = 200
+
+
 class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     question: str = ""
@@ -226,6 +240,7 @@ class Study(Strict):
     confirm: Confirm
     rank_use: RankUse | None = None
     latency: Latency | None = None
+    forgetting: Forgetting | None = None
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
 
     @property
@@ -257,11 +272,12 @@ class Study(Strict):
         return Setup(
             model=self.model,
             task=self.task,
-            data=DataSettings(**self.data.model_dump()),
+            data=DataSettings(**self.data.model_dump(exclude={"domains"})),
             train=TrainSettings(**{**self.train.model_dump(), "betas": tuple(self.train.betas)}),
             split_seed=self.search.seed,
             cache=cache,
             quantization=self.quantization,
+            forgetting=ForgettingSettings(**self.forgetting.model_dump()) if self.forgetting else None,
         )
 
 

@@ -86,3 +86,14 @@ AlphaPatterns = Annotated[
 
 def patterns(given: dict[str, Number] | list[dict[str, Number]]) -> list[tuple[tuple[str, Number], ...]]:
     return [tuple(one.items()) for one in (given if isinstance(given, list) else [given])]
+
+
+def _no_domain_twice(domains: list[str]) -> list[str]:
+    if has_repeats(domains):
+        raise ValueError("names a domain twice")
+    return domains
+
+
+Domains = Annotated[
+    list[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]], Field(min_length=2), AfterValidator(_no_domain_twice)
+]

@@ -57,6 +57,8 @@ def trial_metrics(trial: TrialRecord) -> list[Metric]:
             at = rung.time - found.pack_seconds * (1 - i / len(found.train_loss))
             points.append(Metric("train_loss", loss, ms(at), found.start + i))
         ours = {} if found.eval_loss is None else {"eval_loss": found.eval_loss}
+        if found.forgetting_loss is not None:
+            ours["forgetting_loss"] = found.forgetting_loss
         for key, value in {**ours, **found.eval_metrics, **found.test_metrics}.items():
             points.append(Metric(key, value, ms(rung.time), found.stop))
     return points

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from sweep.study.errors import FieldError
 from sweep.study.records import DataSettings, Setup, Truncation
 from sweep.training.locate import ModelPlace, load_tokenizer, model_fingerprint
 from sweep.training.sources import Row, Rows, read_rows
-from sweep.training.tokens import Split, tokenise_for_lm, tokenise_texts
+from sweep.training.tokens import Split, choose_rows, tokenise_for_lm, tokenise_texts
 
 __all__ = ["Split", "TokenisedData", "load_data"]
 SPLITS = ("train", "validation", "test")
@@ -43,7 +44,7 @@ def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
 
     Of rows with the same text (case and white space aside) the test split keeps one, else validation, else train.
     Fractions are of all rows, seeded by setup.split_seed and, for classification, drawn from every class alike; every
-    class keeps a training row.
+    class keeps a training row. Of validation and test at most max_evaluation_rows tokenised rows are drawn.
     Raises FieldError on `data.…` for what cannot be used, and on `model` where its tokenizer cannot.
     """
     rows, duplicates_removed = remove_duplicates(read_rows(setup.data, setup.task))
@@ -55,11 +56,15 @@ def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
     _check_splits(rows, labels, setup.data)
     fingerprint = _fingerprint(rows)
     cached = Path(setup.cache) / f"tokens-{_cache_key(setup, place, fingerprint)}.npz"
-    tokens = _read_cache(cached)
+    tokens = read_cache(cached, SPLITS)
     if tokens is None:
         tokens = _tokenise(rows, labels, setup, place)
-        _write_cache(cached, tokens)
+        write_cache(cached, tokens)
     splits, pad_token_id = tokens
+    most = setup.data.max_evaluation_rows
+    if most is not None:
+        for i, name in enumerate(("validation", "test")):
+            splits[name] = choose_rows(splits[name], most, np.random.default_rng([setup.split_seed, i]))
     return TokenisedData(
         **splits,
         labels=labels,
@@ -109,8 +114,12 @@ def make_splits(rows: Rows, settings: DataSettings, seed: int) -> Rows:
 def _normalised(row: Row) -> bytes:
     """What two rows share when they are duplicates."""
     words = [m["role"] + "\0" + m["content"] for m in row["messages"]] if "messages" in row else []
-    words += [row[name] for name in ("text", "prompt", "completion") if name in row]
-    text = "\0".join(" ".join(part.split()).casefold() for part in words)
+    return text_key(*words, *(row[name] for name in ("text", "prompt", "completion") if name in row))
+
+
+def text_key(*texts: str) -> bytes:
+    """The same for texts that differ in case and white space alone."""
+    text = "\0".join(" ".join(part.split()).casefold() for part in texts)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -167,11 +176,11 @@ def _fingerprint(rows: Rows) -> str:
 
 
 def _cache_key(setup: Setup, place: ModelPlace, fingerprint: str) -> str:
-    parts = [_CODE_VERSION, fingerprint, setup.task, setup.data.max_length, _tokenizer_fingerprint(place)]
+    parts = [_CODE_VERSION, fingerprint, setup.task, setup.data.max_length, tokenizer_fingerprint(place)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tokenizer_fingerprint(place: ModelPlace) -> list[str]:
+def tokenizer_fingerprint(place: ModelPlace) -> list[str]:
     """Of its files, since loading a tokenizer takes longer than all the rest."""
     library = version("transformers")
     if not place.local or place.gguf_file:
@@ -182,7 +191,8 @@ def _tokenizer_fingerprint(place: ModelPlace) -> list[str]:
     return [library, digest.hexdigest()]
 
 
-def _read_cache(path: Path) -> Tokens | None:
+def read_cache(path: Path, names: Sequence[str]) -> Tokens | None:
+    """The splits of these names; None where they are not there whole."""
     if not path.exists():
         return None
     try:
@@ -197,14 +207,15 @@ def _read_cache(path: Path) -> Tokens | None:
                 fields[f"{name}.labels"],
                 Truncation(*fields[f"{name}.truncation"].tolist()),
             )
-            for name in SPLITS
+            for name in names
         }
         return splits, int(fields["pad_token_id"])
     except Exception:  # whatever a damaged file raises, it is built anew
         return None
 
 
-def _write_cache(path: Path, tokens: Tokens) -> None:
+def write_cache(path: Path, tokens: Tokens) -> None:
+    """Write it whole or not at all. Raises OSError."""
     splits, pad_token_id = tokens
     fields: dict[str, np.ndarray] = {}
     for name, split in splits.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -15,9 +16,11 @@ from sweep.study.records import Prepared, Setup
 from sweep.training.base import check_arm, find_device, load_base
 from sweep.training.calibration import FIRST_PACKS, calibrate
 from sweep.training.data import SPLITS, TokenisedData
+from sweep.training.forgetting import check_source_text, describe_source_text
 from sweep.training.locate import model_fingerprint
 from sweep.training.quantization import check_quantization, count_parameters
 from sweep.training.rung import located, tokenised
+from sweep.training.source_text import load_source_text
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
 
@@ -46,8 +49,14 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
             f"{longest} before data.max_length ({setup.data.max_length}) tokens is more than the model's {positions}"
         )
         problems.append(("arms.prefix_length", f"{behind} positions"))
+    if setup.forgetting and isinstance(positions, int) and 0 < positions < setup.forgetting.max_length + longest:
+        before = f" behind a prefix of {longest}" if longest else ""
+        lengths = f"{setup.forgetting.max_length}{before} is more than the model's {positions} positions"
+        problems.append(("forgetting.max_length", lengths))
     if problems:
         raise FieldError(*problems)
+    if setup.forgetting:
+        check_source_text(setup, place)
     device = find_device()
     chance_loss, chance_accuracy = chance(data) if data.labels else (None, None)
     prepared = Prepared(
@@ -68,7 +77,11 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         chance_loss=chance_loss,
         chance_accuracy=chance_accuracy,
     )
-    return calibrate(setup, prepared, [arm for arm in arms if not arm.is_full])
+    prepared = calibrate(setup, prepared, [arm for arm in arms if not arm.is_full])
+    if not setup.forgetting:
+        return prepared
+    finetuned = any(arm.is_full for arm in arms)
+    return replace(prepared, source_text=describe_source_text(setup, prepared, place, finetuned))
 
 
 def chance(data: TokenisedData) -> tuple[float, float]:
@@ -78,9 +91,11 @@ def chance(data: TokenisedData) -> tuple[float, float]:
     return float(-np.log(shares[data.test.labels]).mean()), float((data.test.labels == shares.argmax()).mean())
 
 
-def fingerprints(setup: Setup) -> tuple[str, str]:
-    """Of the data and of the model as they are now: a study that goes on must find what it began with."""
-    return tokenised(setup).fingerprint, model_fingerprint(located(setup.model))
+def fingerprints(setup: Setup) -> tuple[str, str, str]:
+    """Of data, model and source text as they are now: a study that goes on must find what it began with."""
+    place = located(setup.model)
+    text = load_source_text(setup, place).fingerprint if setup.forgetting else ""
+    return tokenised(setup).fingerprint, model_fingerprint(place), text
 
 
 def device_name(device: torch.device) -> str:

@@ -17,17 +17,26 @@ from torch import Tensor, nn
 from sweep.lora.adapter import Adapter, Pack, install, linear_modules, pack_order, remove, trial_state
 from sweep.lora.methods import State, init_adapter, init_head
 from sweep.lora.optim import PackedOptimizer, Recipe, optimizer_state, start_optimizer
+from sweep.lora.passes import ForwardPass
 from sweep.lora.prefix import init_prefix
 from sweep.lora.readout import read_first_position
 from sweep.study.arms import Arm
-from sweep.study.records import Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
+from sweep.study.records import CONFIRM, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
 from sweep.training.base import Base, adapter_of, load_base, target_layers
 from sweep.training.batches import Batch, collate, split_batch, step_rows
 from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sweep.training.data import Split, TokenisedData, load_data
+from sweep.training.forgetting import (
+    LanguageModel,
+    adapted_losses,
+    finetuned_loss,
+    load_language_model,
+    text_losses,
+)
 from sweep.training.full import start_full
 from sweep.training.locate import ModelPlace, locate_model
-from sweep.training.tasks import evaluation_batches, score, summarise, target_counts
+from sweep.training.source_text import load_source_text
+from sweep.training.tasks import CAUSAL_LM, evaluate, score, target_counts, tell_pass
 
 
 class Trainee(Protocol):
@@ -90,7 +99,9 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
     order = pack_order([_modules_and_rank(trial) for trial in unit.trials])
     trials = [unit.trials[i] for i in order]
     trainee = start_trainee(setup, unit.prepared, trials, unit.start)
+    forgets = setup.forgetting is not None and all(trial.phase == CONFIRM for trial in trials)
     try:
+        fresh = held_out_scores(trainee, data.validation, setup, unit.prepared) if forgets and not unit.start else None
         losses: list[Tensor] = []
         alive: list[Tensor] = []
         tokens = np.zeros(len(trials), dtype=np.int64)
@@ -101,6 +112,7 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
         losses_KS, alive_KS = torch.stack(losses, 1).cpu().tolist(), torch.stack(alive, 1).cpu()
         scores = held_out_scores(trainee, data.validation, setup, unit.prepared)
         tests = held_out_scores(trainee, data.test, setup, unit.prepared) if unit.test else None
+        source = source_losses(trainee, trials, setup, unit.prepared) if forgets else None
 
         found = {}
         for k, trial in enumerate(trials):
@@ -119,7 +131,7 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
                 pack_seconds=0.0,
                 tokens=int(tokens[k]),
             )
-            held_out = [scores[k]["loss"], *(tests[k].values() if tests else ())]
+            held_out = [scores[k]["loss"], *(tests[k].values() if tests else ()), *([source[k]] if source else ())]
             if alive_KS[k].all() and np.isfinite(held_out).all():
                 weights, moments = trainee.states(k)
                 info = {"arm": trial.arm.name, "learning_rate": trial.learning_rate, "seed": trial.seed}
@@ -130,6 +142,8 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
                     test_metrics={"test_loss": tests[k]["loss"], **_named("test", tests[k])} if tests else {},
                     checkpoint=save_checkpoint(Path(trial.folder), Checkpoint(unit.stop, weights, moments), info),
                     diverged_at=None,
+                    forgetting_loss=source[k] if source else None,
+                    eval_loss_at_start=fresh[k]["loss"] if fresh and np.isfinite(fresh[k]["loss"]) else None,
                 )
             found[trial.number] = measurement
     finally:
@@ -233,12 +247,26 @@ def timed_steps(
 
 def held_out_scores(trainee: Trainee, split: Split, setup: Setup, prepared: Prepared) -> list[dict[str, float]]:
     """Every trial on all rows of a split; see `summarise`."""
-    trials, found = trainee.trials, []
-    for batch in evaluation_batches(trainee.model, split, setup.task, trials, tokenised(setup).pad_token_id):
-        tell(trainee, batch, None)
-        with torch.no_grad(), _autocast(trainee, prepared):
-            found.append(score(trainee.model, batch, setup.task, trials, trainee.plain_head))
-    return summarise(found, setup.task)
+    pad_token_id, told = tokenised(setup).pad_token_id, _told(trainee)
+    with _autocast(trainee, prepared):
+        return evaluate(trainee.model, split, setup.task, trainee.trials, pad_token_id, trainee.plain_head, told)
+
+
+def source_losses(trainee: Trainee, trials: list[TrialSpec], setup: Setup, prepared: Prepared) -> list[float]:
+    """Every trial's loss on the text that forgetting is measured on."""
+    place, pad_token_id = located(setup.model), tokenised(setup).pad_token_id
+    text = load_source_text(setup, place)
+    with _autocast(trainee, prepared):
+        if setup.task == CAUSAL_LM:
+            itself = LanguageModel(trainee.model, trainee.plain_head)
+            return text_losses(itself, text, trainee.trials, pad_token_id, _told(trainee))
+        if isinstance(trainee, PackTrainee):
+            states = [trial_state(trainee.pack, k) for k in range(len(trials))]
+            arms = [trial.arm for trial in trials]
+            model = load_language_model(place, prepared.precision, prepared.attention)
+            return adapted_losses(model, arms, states, text, pad_token_id)
+        model = load_language_model(place, "float32", prepared.attention)
+        return [finetuned_loss(model, dict(trainee.model.named_parameters()), text, pad_token_id)]
 
 
 def pack_batches(
@@ -267,17 +295,11 @@ def located(model: str) -> ModelPlace:
 
 def tell(trainee: Trainee, batch: Batch, step: int | None, first_row: int = 0) -> None:
     """Tell the packed layers of the pass that comes: of a training step, or (None) without dropout."""
-    if not isinstance(trainee, PackTrainee):
-        return
-    told = trainee.pack.forward_pass
-    told.rows, told.first_row, told.step = len(batch.source_R), first_row, step or 0
-    told.dropout = step is not None and told.p > 0
-    told.widened = False
-    _, distinct_U, place_R = np.unique(batch.source_R, return_index=True, return_inverse=True)
-    repeats = len(distinct_U) < len(place_R)
-    device = told.seeds_K.device
-    told.distinct_U = torch.from_numpy(distinct_U).to(device) if repeats else None
-    told.place_R = torch.from_numpy(place_R).to(device) if repeats else None
+    tell_pass(_told(trainee), batch, step, first_row)
+
+
+def _told(trainee: Trainee) -> ForwardPass | None:
+    return trainee.pack.forward_pass if isinstance(trainee, PackTrainee) else None
 
 
 def _autocast(trainee: Trainee, prepared: Prepared) -> contextlib.AbstractContextManager[object]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+from sweep.lora.passes import ForwardPass
 from sweep.training.batches import Batch, collate
 from sweep.training.data import Split
 
@@ -125,6 +126,38 @@ def evaluation_batches(model: Any, split: Split, task: str, trials: int, pad_tok
     per_pass = max(1, tokens // (trials * int(split.lengths.max())))
     for i in range(0, len(order), per_pass):
         yield collate(split, np.tile(order[i : i + per_pass], trials), pad_token_id)
+
+
+def evaluate(
+    model: Any,
+    split: Split,
+    task: str,
+    trials: int,
+    pad_token_id: int,
+    plain_head: bool = False,
+    told: ForwardPass | None = None,
+) -> list[dict[str, float]]:
+    """Every trial on all rows of a split; see `summarise`. told: the installed pack's, None where there is none."""
+    found = []
+    for batch in evaluation_batches(model, split, task, trials, pad_token_id):
+        tell_pass(told, batch, None)
+        with torch.no_grad():
+            found.append(score(model, batch, task, trials, plain_head))
+    return summarise(found, task)
+
+
+def tell_pass(told: ForwardPass | None, batch: Batch, step: int | None, first_row: int = 0) -> None:
+    """Tell the packed layers of the pass that comes: of a training step, or (None) without dropout."""
+    if told is None:
+        return
+    told.rows, told.first_row, told.step = len(batch.source_R), first_row, step or 0
+    told.dropout = step is not None and told.p > 0
+    told.widened = False
+    _, distinct_U, place_R = np.unique(batch.source_R, return_index=True, return_inverse=True)
+    repeats = len(distinct_U) < len(place_R)
+    device = told.seeds_K.device
+    told.distinct_U = torch.from_numpy(distinct_U).to(device) if repeats else None
+    told.place_R = torch.from_numpy(place_R).to(device) if repeats else None
 
 
 def summarise(passes: Sequence[Scores], task: str) -> list[dict[str, float]]:

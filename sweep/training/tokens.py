@@ -48,6 +48,15 @@ class Split:
         return np.diff(self.offsets)
 
 
+def choose_rows(split: Split, most: int, rng: np.random.Generator) -> Split:
+    """At most that many rows, drawn at random, in their order."""
+    chosen = np.sort(rng.permutation(len(split))[:most])
+    tokens = np.concatenate([np.arange(split.offsets[i], split.offsets[i + 1]) for i in chosen])
+    offsets = np.concatenate([[0], np.cumsum(split.lengths[chosen])])
+    labels = split.labels[tokens if split.labels.dtype == np.int8 else chosen]
+    return Split(split.input_ids[tokens], offsets, labels)
+
+
 def tokenise_texts(
     rows: Sequence[Row], labels: tuple[str, ...], max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Split:
