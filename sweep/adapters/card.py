@@ -9,12 +9,14 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.locate import PACKAGE, locate_model
 
+BASE = "base"  # the folder of an export that holds the base model, where the study made it
+
 
 def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: bool, evidence: str) -> str:
     """Markdown with the front matter that the hub reads, and Python that runs in the export's folder."""
     spec, last, prepared = trial.spec, trial.last, record.prepared
     assert last is not None and prepared is not None  # export() has refused those that have none
-    arm, classify = spec.arm, study.task == "sequence-classification"
+    arm, classify = spec.arm, study.task != "causal-lm"
     scores = {"eval_loss": last.eval_loss, **last.eval_metrics, **last.test_metrics}
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None)
     labelled = f"; labels, in order: {', '.join(prepared.labels)}" if classify else ""
@@ -27,9 +29,11 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
         what += f", exported as LoRA of rank {2 * arm.r} over the whole base"
     if not arm.is_full:
         what += f" (scaling {arm.scaling:g}), on {', '.join(arm.target_modules)}"
+    base = f'base_model: "{study.model}"' if study.pretrain is None else f"# the base model is in {BASE}/"
+    folder = study.model if study.pretrain is None else BASE
     return f"""---
 library_name: {"transformers" if merge else "peft"}
-base_model: "{study.model}"
+{base}
 tags: [lora-sweep{"" if merge else ", lora"}]
 ---
 # {study.name}: {arm.name}{", merged" if merge else ""}
@@ -51,28 +55,32 @@ The claims above rest on all confirm seeds of the study; the table is this one t
 To load it, in this folder:
 
 ```python
-{loading(study.model, len(prepared.labels) if classify else None, merge)}
+{loading(folder, len(prepared.labels) if classify else None, merge, study.task == "image-classification")}
 ```
 """
 
 
-def loading(model: str, labels: int | None, merge: bool) -> str:
+def loading(model: str, labels: int | None, merge: bool, images: bool = False) -> str:
     """The program that loads an export with transformers and PEFT alone, run in its folder.
 
-    labels: their number where rows are classified, else None.
+    labels: their number where rows are classified, else None. images: whether the rows are images.
     """
-    auto = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
+    auto = "AutoModelForImageClassification" if images else "AutoModelForSequenceClassification"
+    auto = "AutoModelForCausalLM" if labels is None else auto
+    kind, name = ("AutoImageProcessor", "processor") if images else ("AutoTokenizer", "tokenizer")
+    names = ", ".join(sorted((auto, kind)))
     if merge:
-        load = f'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = {auto}.from_pretrained(".")'
-        return f"from transformers import {auto}, AutoTokenizer\n\n{load}"
+        load = f'{name} = {kind}.from_pretrained(".")\nmodel = {auto}.from_pretrained(".")'
+        return f"from transformers import {names}\n\n{load}"
     imports, folder, gguf = _base(model)
     settings = gguf if labels is None else f"{gguf}, num_labels={labels}"
-    lines = [*imports, "from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", folder]
+    settings += ", ignore_mismatched_sizes=True" if images else ""  # the base mostly has a head for other labels
+    lines = [*imports, "from peft import PeftModel", f"from transformers import {names}", "", folder]
     lines += [
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{gguf})",
+        f"{name} = {kind}.from_pretrained(folder{gguf})",
         f"base = {auto}.from_pretrained(folder{settings})",
     ]
-    if labels is not None:  # the model's own configuration may name another padding token, or none
+    if labels is not None and not images:  # the model's own configuration may name another padding token, or none
         lines += [
             "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
             "base.config.pad_token_id = tokenizer.pad_token_id",
@@ -82,6 +90,8 @@ def loading(model: str, labels: int | None, merge: bool) -> str:
 
 def _base(model: str) -> tuple[list[str], str, str]:
     """(imports, the line that sets `folder`, the argument that names the GGUF file); this machine's paths stay out."""
+    if model == BASE:
+        return [], f'folder = "{BASE}"  # the base model, which the study itself made', ""
     packaged = model.startswith(PACKAGE)
     if not packaged and not Path(model).expanduser().exists():
         return [], f'folder = "{model}"', ""  # the hub's, which holds no GGUF files for us

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sweep import __version__
-from sweep.adapters.card import model_card
+from sweep.adapters.card import BASE, model_card
 from sweep.adapters.merge import as_plain_lora, merged_weight
 from sweep.lora.adapter import adaptable_modules, install, remove
 from sweep.lora.methods import is_conv1d
@@ -26,10 +26,13 @@ from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.base import HEAD_NAMES, Base, adapter_of, load_base, target_layers
-from sweep.training.batches import Batch, collate
+from sweep.training.batches import AnyBatch, collate
 from sweep.training.checkpoint import WEIGHTS, load_weights
 from sweep.training.data import TokenisedData, load_data
-from sweep.training.locate import ModelPlace, load_tokenizer, locate_model, quiet
+from sweep.training.images import load_image_processor
+from sweep.training.locate import ModelPlace, load_tokenizer, quiet
+from sweep.training.scratch import find_base
+from sweep.training.tasks import CLASSIFICATION, IMAGES, model_inputs
 
 TOLERANCE = 1e-5  # on logits, relative to the largest of them where that is above 1
 MARK = "sweep.json"  # tells our own export from a folder that must not be overwritten
@@ -59,7 +62,8 @@ def export(
         raise ExportError(f"{to} holds other files; name a new folder with --to")
     if record.prepared is None:
         raise ExportError(f"study {study.name} has no prepared model and data; run it first")
-    setup, place = study.setup(str(cache)), locate_model(study.model)
+    setup = study.setup(str(cache))
+    place = find_base(setup)
     data = load_data(setup, place)
     base = load_base(place, study.task, record.prepared.labels, data.pad_token_id, "float32", "eager")
     base.model.to("cpu")  # where the fresh process computes too: devices differ by more than the tolerance
@@ -73,14 +77,18 @@ def export(
             _write_merged(base, trial.spec.arm, weights, half)
         else:
             _write_adapter(base, study, trial.spec.arm, weights, half)
+        if study.pretrain is not None and not merge:  # nobody else has this base: it goes with its adapter
+            shutil.copytree(place.path, half / BASE)
+            place = replace(place, path=str(half / BASE))
         with quiet():
-            load_tokenizer(place).save_pretrained(half)
+            processor = load_image_processor(place) if study.task == IMAGES else load_tokenizer(place)
+            processor.save_pretrained(half)
         (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
         (half / MARK).write_text(json.dumps(_provenance(study, record.prepared, trial, merge), indent=1))
         difference = _check_in_fresh_process(
             half, place, study.task, record.prepared, merge, batch, ours, data.pad_token_id
         )
-        for file in half.iterdir():
+        for file in half.rglob("*.*"):
             file.chmod(0o644)  # safetensors writes for the owner alone
         shutil.rmtree(to, ignore_errors=True)
         os.replace(half, to)
@@ -103,7 +111,7 @@ def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
     return load_weights(folder)
 
 
-def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: AnyBatch) -> Tensor:
     """The logits of the engine itself, in float64 as in `verify`. The base is left as it was, in float32."""
     nn.Module.double(base.model)  # transformers' own refuses for models read from GGUF files
     try:
@@ -112,7 +120,7 @@ def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) 
         nn.Module.float(base.model)
 
 
-def _logits_with(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+def _logits_with(base: Base, arm: Arm, weights: dict[str, Tensor], batch: AnyBatch) -> Tensor:
     if arm.is_full:
         before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
         _copy_in(base.model, weights)
@@ -142,8 +150,8 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
         rank_pattern={key: factor * r for key, r in arm.rank_pattern},
         alpha_pattern={key: _whole(factor * alpha) for key, alpha in arm.alpha_pattern},
         target_modules=_endings(base, arm),
-        task_type=TaskType.SEQ_CLS if base.head else TaskType.CAUSAL_LM,
-        base_model_name_or_path=study.model,
+        task_type={CLASSIFICATION: TaskType.SEQ_CLS, IMAGES: None}.get(study.task, TaskType.CAUSAL_LM),
+        base_model_name_or_path=study.model if study.pretrain is None else BASE,
         use_rslora=arm.method == "rslora",
         use_dora=arm.method == "dora",
         fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
@@ -197,16 +205,14 @@ def _saved_module(head: str) -> str:
     return first if first in HEAD_NAMES else head
 
 
-def few_rows(data: TokenisedData) -> Batch:
+def few_rows(data: TokenisedData) -> AnyBatch:
     """What logits are compared on."""
     return collate(data.validation, range(min(CHECKED_ROWS, len(data.validation))), data.pad_token_id)
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    device = next(model.parameters()).device
-    inputs = (torch.from_numpy(batch.input_ids_RT).to(device), torch.from_numpy(batch.attention_mask_RT).to(device))
-    logits: Tensor = model(input_ids=inputs[0], attention_mask=inputs[1]).logits
+def _logits(model: nn.Module, batch: AnyBatch) -> Tensor:
+    logits: Tensor = model(**model_inputs(model, batch)).logits
     return logits.double().cpu()
 
 
@@ -222,13 +228,13 @@ def _check_in_fresh_process(
     task: str,
     prepared: Prepared,
     merge: bool,
-    batch: Batch,
+    batch: AnyBatch,
     ours: Tensor,
     pad_token_id: int,
 ) -> float:
     """Load the export as a user would, in another process, and compare logits. Raises ExportError when they differ."""
     expected = folder / ".expected.safetensors"
-    inputs = {"input_ids": torch.from_numpy(batch.input_ids_RT), "mask": torch.from_numpy(batch.attention_mask_RT)}
+    inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
     save_file({**inputs, "logits": ours.contiguous()}, expected)
     question = {
         "folder": str(folder),

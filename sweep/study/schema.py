@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -10,12 +11,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from sweep.study.arms import ALL_LINEAR, Arm, full_arm, lora_arms
-from sweep.study.records import DataSettings, Setup, TrainSettings
+from sweep.study.records import DataSettings, PretrainSettings, Setup, TrainSettings
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Task = Literal["sequence-classification", "causal-lm"]
+IMAGES, SCRATCH = "image-classification", "scratch"
+Task = Literal["sequence-classification", "causal-lm", "image-classification"]
 Number = TypeVar("Number", int, float)
 
 
@@ -93,14 +95,15 @@ AlphaPatterns = Annotated[
 
 class Data(Strict):
     source: str = Field(min_length=1)
-    text: str = "text"
+    text: str | None = None  # "text", but for images
+    image: str | None = None  # "image", for images
     label: str = "label"
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
     config: str | None = None  # a hub data set's configuration
     split: str = "train"  # the split that training rows come from
-    max_length: Annotated[int, Field(ge=4)] = 128
+    max_length: Annotated[int, Field(ge=4)] | None = None  # tokens; 128, but for images
     validation: Part = 0.1
     test: Part = 0.1
 
@@ -114,6 +117,24 @@ class Data(Strict):
         if sum(fractions) >= 0.9:
             raise ValueError("validation and test together leave under a tenth of the rows for training")
         return self
+
+
+class Pretrain(Strict):
+    """A base that the study makes itself, for `model: scratch`."""
+
+    architecture: str = Field(min_length=1)
+    config: dict[str, Any] = {}
+    labels: Annotated[list[str | int], Field(min_length=2)]
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    seed: Annotated[int, Field(ge=0)] = 0
+    image_size: Count | None = None
+
+    def settings(self) -> PretrainSettings:
+        labels = tuple(str(label) for label in self.labels)
+        config = json.dumps(self.config, sort_keys=True)
+        return PretrainSettings(**{**self.model_dump(), "config": config, "labels": labels})
 
 
 class Arms(Strict):
@@ -246,6 +267,7 @@ class Study(Strict):
     question: str = ""
     model: str = Field(min_length=1)
     quantization: Literal["4bit", "8bit"] | None = None  # of the frozen base (QLoRA); CUDA only
+    pretrain: Pretrain | None = None
     task: Task
     data: Data
     arms: Arms
@@ -255,6 +277,16 @@ class Study(Strict):
     confirm: Confirm
     rank_use: RankUse | None = None
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, raw: Any) -> Any:
+        """The columns and the length that the task reads, where the file does not say."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
+            return raw
+        usual = {"image": "image"} if raw.get("task") == IMAGES else {"text": "text", "max_length": 128}
+        given = {key: value for key, value in raw["data"].items() if key not in usual or value is not None}
+        return {**raw, "data": {**usual, **given}}
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -273,14 +305,16 @@ class Study(Strict):
         return self.tune.learning_rate
 
     def setup(self, cache: str) -> Setup:
+        read = {"text": "text", "max_length": 0, **{k: v for k, v in self.data.model_dump().items() if v is not None}}
         return Setup(
             model=self.model,
             task=self.task,
-            data=DataSettings(**self.data.model_dump()),
+            data=DataSettings(**read),
             train=TrainSettings(**{**self.train.model_dump(), "betas": tuple(self.train.betas)}),
             split_seed=self.search.seed,
             cache=cache,
             quantization=self.quantization,
+            pretrain=self.pretrain.settings() if self.pretrain else None,
         )
 
 
@@ -290,6 +324,7 @@ def rate_values(rates: Range | list[float]) -> list[float]:
 
 def cross_checks(sections: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """What no single section can see: yields (field path, message), from those sections that are well-formed."""
+    yield from _checks_of_the_task(sections)
     arms, tune, train = sections.get("arms"), sections.get("tune"), sections.get("train")
     search, confirm = sections.get("search"), sections.get("confirm")
     if isinstance(arms, Arms):
@@ -336,3 +371,22 @@ def cross_checks(sections: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
                     ("tune", "learning_rate"),
                     f"sampler {search.sampler} draws from a range: give low, high and values, or use sampler: grid",
                 )
+
+
+def _checks_of_the_task(sections: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys that another task reads, and a base from scratch without its section or the reverse."""
+    task, data = sections.get("task"), sections.get("data")
+    if isinstance(data, Data) and task == IMAGES:
+        for key in ("text", "prompt", "completion", "messages", "max_length"):
+            if getattr(data, key) is not None:
+                yield ("data", key), "is for text; image-classification reads data.image and data.label"
+    elif isinstance(data, Data) and data.image is not None and task is not None:
+        yield ("data", "image"), f"is for image-classification; {task} reads text"
+    if "pretrain" in sections:
+        is_scratch, pretrain = sections.get("model") == SCRATCH, sections["pretrain"]
+        if is_scratch and pretrain is None:
+            yield ("pretrain",), "missing: model: scratch needs it (architecture, config, labels, steps, …)"
+        if pretrain is not None and not is_scratch:
+            yield ("pretrain",), f"goes with model: {SCRATCH}, and the model is {sections.get('model')}"
+        elif pretrain is not None and task != IMAGES:
+            yield ("pretrain",), f"is for image-classification, and the task is {task}"

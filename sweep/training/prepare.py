@@ -14,10 +14,11 @@ from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup
 from sweep.training.base import check_arm, find_device, load_base
 from sweep.training.calibration import FIRST_PACKS, calibrate
-from sweep.training.data import SPLITS, TokenisedData
+from sweep.training.data import SPLITS, Split, TokenisedData
 from sweep.training.locate import model_fingerprint
 from sweep.training.quantization import check_quantization, count_parameters
 from sweep.training.rung import located, tokenised
+from sweep.training.scratch import pretraining_record
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
 
@@ -25,7 +26,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes"
 def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     """Load model and data, check every arm against them, and calibrate. Raises FieldError with all problems found."""
     check_quantization(setup.quantization)
-    place, data = located(setup.model), tokenised(setup)
+    place, data = located(setup), tokenised(setup)
     if len(data.train) < setup.train.batch_size:
         raise FieldError(
             ("train.batch_size", f"{setup.train.batch_size} is more than the {len(data.train)} training rows there are")
@@ -58,9 +59,10 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         pack_size=FIRST_PACKS[0],
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions=_versions(),
-        truncation={name: getattr(data, name).truncation for name in SPLITS},
+        truncation={name: s.truncation for name in SPLITS if isinstance(s := getattr(data, name), Split)},
         chance_loss=chance_loss,
         chance_accuracy=chance_accuracy,
+        pretraining=pretraining_record(place) if setup.pretrain else {},
     )
     return calibrate(setup, prepared, [arm for arm in arms if not arm.is_full])
 
@@ -74,7 +76,7 @@ def chance(data: TokenisedData) -> tuple[float, float]:
 
 def fingerprints(setup: Setup) -> tuple[str, str]:
     """Of the data and of the model as they are now: a study that goes on must find what it began with."""
-    return tokenised(setup).fingerprint, model_fingerprint(located(setup.model))
+    return tokenised(setup).fingerprint, model_fingerprint(located(setup))
 
 
 def device_name(device: torch.device) -> str:

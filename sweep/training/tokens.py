@@ -47,6 +47,11 @@ class Split:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max())
+
 
 def tokenise_texts(
     rows: Sequence[Row], labels: tuple[str, ...], max_length: int, tokenizer: PreTrainedTokenizerBase
