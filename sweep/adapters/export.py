@@ -186,9 +186,12 @@ def _write_merged(base: Base, arm: Arm, weights: dict[str, Tensor], to: Path) ->
 
 def _untie(model: Any, adapted: list[nn.Module]) -> None:
     """An adapter on tied embeddings changes the look-up alone (or the output alone), so merged they differ."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if ends[1] is not None and ends[0].weight is ends[1].weight and any(end in adapted for end in ends):
-        ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+    output = model.get_output_embeddings()
+    if output is None:  # some models of images do not even have a way to say that they have no input embeddings
+        return
+    ends = [model.get_input_embeddings(), output]
+    if ends[0].weight is output.weight and any(end in adapted for end in ends):
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 
 
