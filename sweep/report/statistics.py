@@ -73,7 +73,7 @@ def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
 def confirmed_of_ranks(study: Study, record: StudyRecord) -> dict[int, Arm]:
     """The confirmed arm of each rank, smallest first; the one that search chose where there are several."""
     results = [_result(study, record, arm) for arm in study.list_arms() if _in_confirm(record, arm)]
-    chosen = _chosen_of_ranks(results, search_rows(study, record))
+    chosen = _chosen_of_ranks(results, study, search_rows(study, record))
     return {r: chosen[r].arm for r in sorted(chosen)}
 
 

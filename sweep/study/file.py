@@ -13,7 +13,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sweep.study.schema import Study, cross_checks
+from sweep.study.checks import cross_checks
+from sweep.study.schema import Study
 
 FieldPath = tuple[str | int, ...]
 ON_COMMAND_LINE = 0  # the "line" of a value that `--set` gave
