@@ -11,12 +11,14 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.locate import PACKAGE, locate_model
 
+BASE = "base"  # the folder of an export that holds the base model, where the study made it
+
 
 def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: bool, evidence: str) -> str:
     """Markdown with the front matter that the hub reads, and Python that runs in the export's folder."""
     spec, last, prepared = trial.spec, trial.last, record.prepared
     assert last is not None and prepared is not None  # export() has refused those that have none
-    arm, classify = spec.arm, study.task == "sequence-classification"
+    arm, classify = spec.arm, study.task != "causal-lm"
     scores = {"eval_loss": last.eval_loss, **last.eval_metrics, **last.test_metrics}
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None)
     labelled = f"; labels, in order: {', '.join(prepared.labels)}" if classify else ""
@@ -36,9 +38,18 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
     if study.quantization is not None:
         over = "merged into" if merge else "checked over"
         what += f"; over the base in {BITS[study.quantization]}, and {over} the base in full precision"
+    base = f'base_model: "{study.model}"' if study.pretrain is None else f"# the base model is in {BASE}/"
+    folder = study.model if study.pretrain is None else BASE
+    load = loading(
+        folder,
+        len(prepared.labels) if classify else None,
+        merge,
+        prefix_below=arm.r > 0 and arm.prefix_length > 0,
+        images=study.task == "image-classification",
+    )
     return f"""---
 library_name: {"transformers" if merge else "peft"}
-base_model: "{study.model}"
+{base}
 tags: [lora-sweep{", lora" if arm.r and not merge else ""}]
 ---
 # {study.name}: {arm.name}{", merged" if merge else ""}
@@ -60,29 +71,33 @@ The claims above rest on all confirm seeds of the study; the table is this one t
 To load it, in this folder:
 
 ```python
-{loading(study.model, len(prepared.labels) if classify else None, merge, arm.r > 0 and arm.prefix_length > 0)}
+{load}
 ```
 """
 
 
-def loading(model: str, labels: int | None, merge: bool, prefix_below: bool = False) -> str:
+def loading(model: str, labels: int | None, merge: bool, prefix_below: bool = False, images: bool = False) -> str:
     """The program that loads an export with transformers and PEFT alone, run in its folder.
 
     labels: their number where rows are classified, else None. prefix_below: the folder holds LoRA, and one below it a
-    prefix.
+    prefix. images: whether the rows are images.
     """
-    auto = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
+    auto = "AutoModelForImageClassification" if images else "AutoModelForSequenceClassification"
+    auto = "AutoModelForCausalLM" if labels is None else auto
+    kind, name = ("AutoImageProcessor", "processor") if images else ("AutoTokenizer", "tokenizer")
+    names = ", ".join(sorted((auto, kind)))
     if merge:
-        load = f'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = {auto}.from_pretrained(".")'
-        return f"from transformers import {auto}, AutoTokenizer\n\n{load}"
+        load = f'{name} = {kind}.from_pretrained(".")\nmodel = {auto}.from_pretrained(".")'
+        return f"from transformers import {names}\n\n{load}"
     imports, folder, gguf = _base(model)
     settings = gguf if labels is None else f"{gguf}, num_labels={labels}"
-    lines = [*imports, "from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", folder]
+    settings += ", ignore_mismatched_sizes=True" if images else ""  # the base mostly has a head for other labels
+    lines = [*imports, "from peft import PeftModel", f"from transformers import {names}", "", folder]
     lines += [
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{gguf})",
+        f"{name} = {kind}.from_pretrained(folder{gguf})",
         f"base = {auto}.from_pretrained(folder{settings})",
     ]
-    if labels is not None:  # the model's own configuration may name another padding token, or none
+    if labels is not None and not images:  # the model's own configuration may name another padding token, or none
         lines += [
             "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
             "base.config.pad_token_id = tokenizer.pad_token_id",
@@ -99,6 +114,8 @@ def loading(model: str, labels: int | None, merge: bool, prefix_below: bool = Fa
 
 def _base(model: str) -> tuple[list[str], str, str]:
     """(imports, the line that sets `folder`, the argument that names the GGUF file); this machine's paths stay out."""
+    if model == BASE:
+        return [], f'folder = "{BASE}"  # the base model, which the study itself made', ""
     packaged = model.startswith(PACKAGE)
     if not packaged and not Path(model).expanduser().exists():
         return [], f'folder = "{model}"', ""  # the hub's, which holds no GGUF files for us

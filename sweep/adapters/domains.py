@@ -63,7 +63,7 @@ def compare_domains(
     shared = (prepared.labels, pad_token_id, prepared.precision, prepared.attention, first.quantization)
     settings = (place, first.task, *shared)
     base = load_base(*settings)
-    texts = {domain: found.test for domain, found in data.items()}
+    texts = {domain: found.test for domain, found in data.items() if isinstance(found.test, Split)}
     before = _losses(base, (), texts, pad_token_id)[0]
     adapters = [m for domain, record in records.items() for m in _confirmed(domain, record)]
     if not adapters:

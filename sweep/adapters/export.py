@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sweep import __version__
-from sweep.adapters.card import model_card
+from sweep.adapters.card import BASE, model_card
 from sweep.adapters.merge import as_plain_lora, merged_weight
 from sweep.adapters.peft_format import (
     CLASSIFIER,
@@ -38,10 +39,13 @@ from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.base import HEAD_NAMES, Base, adapter_of, load_base, target_layers
-from sweep.training.batches import Batch, collate
+from sweep.training.batches import AnyBatch, collate
 from sweep.training.checkpoint import WEIGHTS, load_weights
 from sweep.training.data import TokenisedData, load_data
-from sweep.training.locate import ModelPlace, load_tokenizer, locate_model, quiet
+from sweep.training.images import load_image_processor
+from sweep.training.locate import ModelPlace, load_tokenizer, quiet
+from sweep.training.scratch import find_base
+from sweep.training.tasks import IMAGES, model_inputs
 
 TOLERANCE = 1e-5  # on logits, relative to the largest of them where that is above 1
 CHECKED_ROWS = 8
@@ -71,7 +75,8 @@ def export(
         raise ExportError(f"{to} holds other files; name a new folder with --to")
     if record.prepared is None:
         raise ExportError(f"study {study.name} has no prepared model and data; run it first")
-    setup, place = study.setup(str(cache)), locate_model(study.model)
+    setup = study.setup(str(cache))
+    place = find_base(setup)
     data = load_data(setup, place)
     base = load_base(place, study.task, record.prepared.labels, data.pad_token_id, "float32", "eager")
     base.model.to("cpu")  # where the fresh process computes too: devices differ by more than the tolerance
@@ -82,8 +87,12 @@ def export(
             _write_merged(base, trial.spec.arm, weights, half)
         else:
             _write_adapters(base, study, trial.spec.arm, weights, half)
+        if study.pretrain is not None and not merge:  # nobody else has this base: it goes with its adapter
+            shutil.copytree(place.path, half / BASE)
+            place = replace(place, path=str(half / BASE))
         with quiet():
-            load_tokenizer(place).save_pretrained(half)
+            processor = load_image_processor(place) if study.task == IMAGES else load_tokenizer(place)
+            processor.save_pretrained(half)
         (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
         (half / MARK).write_text(json.dumps(_provenance(study, record.prepared, trial, merge), indent=1))
         difference = _check_in_fresh_process(
@@ -108,7 +117,7 @@ def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
     return load_weights(folder)
 
 
-def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: AnyBatch) -> Tensor:
     """The logits of the engine itself, in float64 as in `verify`. The base is left as it was, in float32."""
     nn.Module.double(base.model)  # transformers' own refuses for models read from GGUF files
     try:
@@ -117,7 +126,7 @@ def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) 
         nn.Module.float(base.model)
 
 
-def _logits_with(base: Base, arm: Arm, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+def _logits_with(base: Base, arm: Arm, weights: dict[str, Tensor], batch: AnyBatch) -> Tensor:
     if arm.is_full:
         before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
         _copy_in(base.model, weights)
@@ -162,8 +171,8 @@ def _write_adapter(base: Base, study: Study, arm: Arm, weights: dict[str, Tensor
         fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
         saved=base.head,
         modules_to_save=tuple(_saved_modules(base) or ()),
-        task_type=CLASSIFIER if base.head else LANGUAGE_MODEL,
-        base_model=study.model,
+        task_type={CLASSIFICATION: CLASSIFIER, IMAGES: None}.get(study.task, LANGUAGE_MODEL),
+        base_model=study.model if study.pretrain is None else BASE,
         settings=Settings(
             factor * arm.r,
             factor * arm.lora_alpha,
@@ -199,8 +208,11 @@ def _untie(model: Any, adapted: list[nn.Module]) -> None:
 
 def _tied_end(model: Any, adapted: list[nn.Module]) -> bool:
     """Whether one of the adapted layers shares its weights between the input and the output."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return ends[1] is not None and ends[0].weight is ends[1].weight and any(end in adapted for end in ends)
+    output = model.get_output_embeddings()
+    if output is None:  # some models of images do not even have a way to say that they have no input embeddings
+        return False
+    ends = [model.get_input_embeddings(), output]
+    return ends[0].weight is output.weight and any(end in adapted for end in ends)
 
 
 def endings(base: Base, modules: Collection[str]) -> list[str]:
@@ -216,16 +228,14 @@ def _saved_modules(base: Base) -> list[str] | None:
     return sorted({first if first in HEAD_NAMES else name for name, first in firsts.items()}) or None
 
 
-def few_rows(data: TokenisedData) -> Batch:
+def few_rows(data: TokenisedData) -> AnyBatch:
     """What logits are compared on."""
     return collate(data.validation, range(min(CHECKED_ROWS, len(data.validation))), data.pad_token_id)
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    device = next(model.parameters()).device
-    inputs = (torch.from_numpy(batch.input_ids_RT).to(device), torch.from_numpy(batch.attention_mask_RT).to(device))
-    logits: Tensor = model(input_ids=inputs[0], attention_mask=inputs[1]).logits
+def _logits(model: nn.Module, batch: AnyBatch) -> Tensor:
+    logits: Tensor = model(**model_inputs(model, batch)).logits
     return logits.double().cpu()
 
 
@@ -241,13 +251,13 @@ def _check_in_fresh_process(
     task: str,
     prepared: Prepared,
     merge: bool,
-    batch: Batch,
+    batch: AnyBatch,
     ours: Tensor,
     pad_token_id: int,
 ) -> float:
     """Load the export as a user would, in another process, and compare logits. Raises ExportError when they differ."""
     expected = folder / ".expected.safetensors"
-    inputs = {"input_ids": torch.from_numpy(batch.input_ids_RT), "mask": torch.from_numpy(batch.attention_mask_RT)}
+    inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
     save_file({**inputs, "logits": ours.contiguous()}, expected)
     question = {
         "folder": str(folder),

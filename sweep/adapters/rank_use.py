@@ -77,7 +77,7 @@ def measure_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str
         raise RankUseError(f"study {study.name} has no complete confirm trial of LoRA whose weights are kept")
     setup = study.setup(str(cache))
     pad_token_id = tokenised(setup).pad_token_id
-    base = load_base(located(study.model), study.task, record.prepared.labels, pad_token_id, "float32", "eager")
+    base = load_base(located(setup), study.task, record.prepared.labels, pad_token_id, "float32", "eager")
     targets = {arm: target_layers(base.model, base.head, arm.target_modules) for arm in trained if not arm.is_full}
     adapted = {name for layers in targets.values() for name in layers}
     layers = {name: layer for name, layer in base.model.named_modules() if name in adapted}

@@ -18,8 +18,12 @@ def largest_difference(question: dict[str, Any]) -> float:
     Weights and activations are float64, but for what a model casts to float32 itself: all in float32, the rounding
     of a deep model alone differs by more than an error should.
     """
-    classify = question["task"] == "sequence-classification"
-    auto: Any = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+    kinds: dict[str, Any] = {
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+        "causal-lm": transformers.AutoModelForCausalLM,
+    }
+    auto, classify = kinds[question["task"]], question["task"] != "causal-lm"
     settings: dict[str, Any] = {"dtype": torch.float32}
     if question["base"] is None:
         model = auto.from_pretrained(question["folder"], **settings)
@@ -32,7 +36,7 @@ def largest_difference(question: dict[str, Any]) -> float:
             settings["num_labels"] = question["labels"]
             settings["ignore_mismatched_sizes"] = True
         base = auto.from_pretrained(question["base"], **settings)
-        if classify:
+        if question["task"] == "sequence-classification":
             base.config.pad_token_id = question["pad_token_id"]
         model = PeftModel.from_pretrained(base, question["folder"])
         prefix = Path(question["folder"]) / "prefix"  # of an adapter that is LoRA and a prefix
@@ -41,13 +45,15 @@ def largest_difference(question: dict[str, Any]) -> float:
             model = PeftModel.from_pretrained(merged, str(prefix))
     expected = load_file(question["expected"])
     torch.nn.Module.double(model.eval())  # transformers' own refuses for models read from GGUF files
+    ours = expected.pop("logits")
+    inputs = {name: t.double() if t.is_floating_point() else t for name, t in expected.items()}
     with torch.no_grad():
-        logits = model(input_ids=expected["input_ids"], attention_mask=expected["mask"]).logits
+        logits = model(**inputs).logits
     if not classify:  # behind a prefix, whose own are left out
-        logits = logits[:, -expected["mask"].shape[1] :]
-    difference = (logits - expected["logits"]).abs()
+        logits = logits[:, -expected["attention_mask"].shape[1] :]
+    difference = (logits - ours).abs()
     if not classify:
-        difference = difference[expected["mask"].bool()]
+        difference = difference[expected["attention_mask"].bool()]
     return float(difference.max())
 
 

@@ -88,7 +88,8 @@ def run_study(
 
 
 def _prepare(session: Session) -> Prepared:
-    session.say("reading the model and the data")
+    made = session.setup.pretrain is not None
+    session.say("making the base model, reading the data" if made else "reading the model and the data")
     arms = session.study.list_arms()
     prepared: Prepared = session.executor.submit(session.work.prepare, session.setup, arms).result()
     append(session.folder.journal, "prepared", prepared=to_json(prepared))

@@ -266,7 +266,7 @@ def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], r
             warnings.append(f"{row.arm.name}: all of its search trials diverged or failed; nothing is known of it.")
     if len(rate_values(study.tune.learning_rate)) == 1:
         warnings.append("The learning rate was not tuned: each arm had one value, which may suit some arms better.")
-    if record.prepared is not None:
+    if record.prepared is not None and study.data.max_length is not None:
         warnings += truncation_warnings(record.prepared, study.task, study.data.max_length)
     return [*warnings, *(without_paths(w) for w in record.warnings)]
 

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sweep.report.intervals import Interval
 from sweep.report.results import ArmResult, Findings
@@ -136,10 +137,11 @@ def search_table(findings: Findings) -> Table:
 
 def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tuple[str, str]]:
     """How it was measured: (what, how), from what was prepared and written down."""
+    images, longest = study.task == "image-classification", study.data.max_length
     facts = [
         ("Model", without_paths(study.model) + (f", held in {BITS[study.quantization]}" if study.quantization else "")),
         ("Task", study.task),
-        ("Data", f"{without_paths(study.data.source)}, at most {study.data.max_length} tokens an example"),
+        ("Data", without_paths(study.data.source) + ("" if images else f", at most {longest} tokens an example")),
     ]
     prepared = record.prepared
     if prepared is not None:
@@ -148,6 +150,7 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
             ("Rows", f"{rows}; {plural(prepared.duplicates_removed, 'duplicate')} removed across the splits"),
             *([("Cut short", "; ".join(cut))] if (cut := truncation_lines(prepared, study.task)) else []),
             ("Fingerprints", f"data {prepared.data_fingerprint}, model {prepared.model_fingerprint}"),
+            *([("Base model", _pretraining(prepared.pretraining))] if prepared.pretraining else []),
             ("Parameters", f"{prepared.total_params:,} in the model"),
             ("Device", f"{prepared.device}, {prepared.precision}, {prepared.attention} attention"),
             ("Pack size", f"{plural(prepared.pack_size, 'trial')} at once over one frozen base"),
@@ -166,7 +169,8 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
         if prepared.calibration:
             facts.append(("Calibration", "; ".join(_figures(c) for c in prepared.calibration)))
         if prepared.tokens_per_step:
-            facts.append(("Tokens a step", f"{prepared.tokens_per_step:.0f}, padding not counted"))
+            many = f"{prepared.tokens_per_step:.0f}"
+            facts.append(("Images a step", many) if images else ("Tokens a step", f"{many}, padding not counted"))
     train = study.train
     shared = study.list_arms()[0]
     for name, pattern in (("Rank pattern", shared.rank_pattern), ("Alpha pattern", shared.alpha_pattern)):
@@ -265,6 +269,16 @@ def _times(record: StudyRecord) -> list[tuple[str, str]]:
         sessions = plural(len(record.sessions), "session")
         facts.append(("Wall time", f"{duration(wall)} in {sessions}, from the start of each to its last event"))
     return facts
+
+
+def _pretraining(made: Mapping[str, Any]) -> str:
+    """What the study's own base is, and what it scored on rows of its own labels that it never saw."""
+    return (
+        f"{made['architecture']}, made by this study from random weights: {made['steps']} steps of "
+        f"{made['batch_size']} of the {made['train_rows']:,} rows of the labels {', '.join(made['labels'])}; on "
+        f"{made['held_out_rows']:,} held-out rows of these its loss is {made['loss']:.3f} and its accuracy "
+        f"{metric('accuracy', made['accuracy'])}. The study has the rows of the other labels."
+    )
 
 
 def _figures(values: Mapping[str, object]) -> str:

@@ -13,8 +13,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sweep.study.checks import cross_checks
 from sweep.study.domains import domain_checks
-from sweep.study.schema import Study, cross_checks
+from sweep.study.schema import Study
 
 FieldPath = tuple[str | int, ...]
 ON_COMMAND_LINE = 0  # the "line" of a value that `--set` gave
@@ -249,12 +250,14 @@ def _line(line_of: Mapping[FieldPath, int], field: Sequence[str | int]) -> int |
 
 
 def _sections_that_hold(raw: dict[str, Any]) -> dict[str, Any]:
-    held: dict[str, Any] = {"quantization": raw.get("quantization")}
+    held: dict[str, Any] = {}
     for name, info in Study.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and name in raw:
+        kinds = _models_in(info.annotation)
+        if len(kinds) == 1 and raw.get(name) is not None:
             try:
-                held[name] = kind.model_validate(raw[name])
+                held[name] = kinds[0].model_validate(raw[name])
             except ValidationError:
                 continue
+        elif not info.is_required() or not kinds:
+            held[name] = raw.get(name)
     return held

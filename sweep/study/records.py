@@ -14,7 +14,7 @@ COMPLETE, PRUNED, DIVERGED, FAILED = "complete", "pruned", "diverged", "failed"
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the examples come from; the study file's `data`."""
+    """Where the examples come from; the study file's `data`. Images have no max_length: it is 0 there."""
 
     source: str
     max_length: int
@@ -25,6 +25,7 @@ class DataSettings:
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    image: str | None = None
     split: str = "train"
     config: str | None = None
     max_evaluation_rows: int | None = None  # of validation and of test; None: all of them
@@ -62,6 +63,20 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class PretrainSettings:
+    """How a study makes its own base model; the study file's `pretrain`."""
+
+    architecture: str  # transformers' model type
+    config: str  # JSON of what the architecture's configuration sets apart from its defaults
+    labels: tuple[str, ...]  # the classes whose rows the base learns; the study itself has the others
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+    image_size: int | None = None  # sides in pixels, where the configuration does not say
+
+
+@dataclass(frozen=True)
 class Setup:
     """What all trials of a study share: with it and a checkpoint any worker can take a trial up."""
 
@@ -70,9 +85,10 @@ class Setup:
     data: DataSettings
     train: TrainSettings
     split_seed: int  # decides which rows are training, validation and test
-    cache: str  # folder for tokenised data and calibrations
+    cache: str  # folder for tokens, pixels, calibrations and pretrained bases
     quantization: str | None = None  # "4bit" or "8bit": how the frozen base is held
     forgetting: ForgettingSettings | None = None
+    pretrain: PretrainSettings | None = None  # where the study makes its own base
 
 
 @dataclass(frozen=True)
@@ -120,12 +136,13 @@ class Prepared:
     attention: str
     pack_size: int
     calibration: tuple[dict[str, Any], ...] = ()  # the figures that decided precision, attention and pack size
-    tokens_per_step: float = 0.0  # mean tokens of one trial's batch, padding not counted
+    tokens_per_step: float = 0.0  # mean tokens of one trial's batch, padding not counted; of images their number
     chance_loss: float | None = None  # test loss of always answering by the training labels' frequencies
     chance_accuracy: float | None = None  # None for causal-lm
     versions: dict[str, str] = field(default_factory=dict)
     truncation: dict[str, Truncation] = field(default_factory=dict)  # by split
     source_text: SourceText | None = None  # None where the study does not ask about forgetting
+    pretraining: dict[str, Any] = field(default_factory=dict)  # of a base made by the study: parameters, rows, scores
 
 
 @dataclass(frozen=True)
@@ -167,7 +184,7 @@ class Measurement:
     diverged_at: int | None  # step of the first loss or gradient norm that is not finite
     pack_size: int
     pack_seconds: float  # wall time of the whole pack's rung: joint, never a trial's own
-    tokens: int  # of this trial in this rung, padding not counted
+    tokens: int  # of this trial in this rung, padding not counted; of images their number
     # Where the study asks about forgetting, in the confirm phase:
     forgetting_loss: float | None = None  # on the text of the source domain, after the rung
     eval_loss_at_start: float | None = None  # of the first rung: validation loss before any step

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, model_validator
 
 from sweep.study.arms import ALL_LINEAR, LORA_PREFIX, PREFIX, Arm, full_arm, lora_arms
-from sweep.study.records import DataSettings, ForgettingSettings, Setup, TrainSettings
+from sweep.study.records import DataSettings, ForgettingSettings, PretrainSettings, Setup, TrainSettings
 from sweep.study.values import (
     AlphaPatterns,
     Count,
@@ -24,7 +25,8 @@ from sweep.study.values import (
     patterns,
 )
 
-Task = Literal["sequence-classification", "causal-lm"]
+IMAGES, SCRATCH = "image-classification", "scratch"
+Task = Literal["sequence-classification", "causal-lm", "image-classification"]
 Method = Literal["lora", "rslora", "lora+", "dora", "pissa", "prefix", "lora+prefix"]
 
 
@@ -35,14 +37,15 @@ class Strict(BaseModel):
 class Data(Strict):
     source: str = Field(min_length=1)  # with data.domains it holds {domain}, or config does
     domains: Domains | None = None  # one study each, and an analysis across them; the first is the control
-    text: str = "text"
+    text: str | None = None  # "text", but for images
+    image: str | None = None  # "image", for images
     label: str = "label"
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
     config: str | None = None  # a hub data set's configuration
     split: str = "train"  # the split that training rows come from
-    max_length: Annotated[int, Field(ge=4)] = 128
+    max_length: Annotated[int, Field(ge=4)] | None = None  # tokens; 128, but for images
     validation: Part = 0.1
     test: Part = 0.1
     max_evaluation_rows: Count | None = None  # of validation and of test, drawn by the split seed
@@ -57,6 +60,24 @@ class Data(Strict):
         if sum(fractions) >= 0.9:
             raise ValueError("validation and test together leave under a tenth of the rows for training")
         return self
+
+
+class Pretrain(Strict):
+    """A base that the study makes itself, for `model: scratch`."""
+
+    architecture: str = Field(min_length=1)
+    config: dict[str, Any] = {}
+    labels: Annotated[list[str | int], Field(min_length=2)]
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    seed: Annotated[int, Field(ge=0)] = 0
+    image_size: Count | None = None
+
+    def settings(self) -> PretrainSettings:
+        labels = tuple(str(label) for label in self.labels)
+        config = json.dumps(self.config, sort_keys=True)
+        return PretrainSettings(**{**self.model_dump(), "config": config, "labels": labels})
 
 
 class Arms(Strict):
@@ -231,6 +252,7 @@ class Study(Strict):
     question: str = ""
     model: str = Field(min_length=1)
     quantization: Literal["4bit", "8bit"] | None = None  # of the frozen base (QLoRA); CUDA only
+    pretrain: Pretrain | None = None
     task: Task
     data: Data
     arms: Arms
@@ -242,6 +264,16 @@ class Study(Strict):
     latency: Latency | None = None
     forgetting: Forgetting | None = None
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, raw: Any) -> Any:
+        """The columns and the length that the task reads, where the file does not say."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
+            return raw
+        usual = {"image": "image"} if raw.get("task") == IMAGES else {"text": "text", "max_length": 128}
+        given = {key: value for key, value in raw["data"].items() if key not in usual or value is not None}
+        return {**raw, "data": {**usual, **given}}
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -269,68 +301,20 @@ class Study(Strict):
         return self.tune.learning_rate
 
     def setup(self, cache: str) -> Setup:
+        given = self.data.model_dump(exclude={"domains"})
+        read = {"text": "text", "max_length": 0, **{k: v for k, v in given.items() if v is not None}}
         return Setup(
             model=self.model,
             task=self.task,
-            data=DataSettings(**self.data.model_dump(exclude={"domains"})),
+            data=DataSettings(**read),
             train=TrainSettings(**{**self.train.model_dump(), "betas": tuple(self.train.betas)}),
             split_seed=self.search.seed,
             cache=cache,
             quantization=self.quantization,
             forgetting=ForgettingSettings(**self.forgetting.model_dump()) if self.forgetting else None,
+            pretrain=self.pretrain.settings() if self.pretrain else None,
         )
 
 
 def rate_values(rates: Range | list[float]) -> list[float]:
     return rates.points() if isinstance(rates, Range) else list(rates)
-
-
-def cross_checks(sections: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What no single section can see: yields (field path, message), from those sections that are well-formed."""
-    arms, tune, train = sections.get("arms"), sections.get("tune"), sections.get("train")
-    search, confirm = sections.get("search"), sections.get("confirm")
-    if isinstance(arms, Arms):
-        yield from ((("arms", field), message) for field, message in (*arms.repeats(), *arms.mismatches()))
-        if arms.full_finetuning and sections.get("quantization") is not None:
-            yield (
-                ("arms", "full_finetuning"),
-                "trains every weight, and those of a quantised base cannot be trained: set it to false, "
-                "or leave quantization out",
-            )
-    if isinstance(search, Search) and isinstance(train, Train) and search.rungs and search.rungs[-1] != train.steps:
-        yield (
-            ("search", "rungs"),
-            f"the last rung must be train.steps ({train.steps}), not {search.rungs[-1]}; set both",
-        )
-    if isinstance(train, Train) and (train.micro_batch_size or 0) > train.batch_size:
-        yield ("train", "micro_batch_size"), f"{train.micro_batch_size} is more than batch_size ({train.batch_size})"
-    if isinstance(confirm, Confirm):
-        if isinstance(arms, Arms) and confirm.reference not in arms.rank:
-            yield ("confirm", "reference"), f"rank {confirm.reference} is not among arms.rank {arms.rank}"
-        if isinstance(search, Search) and search.seed in confirm.seeds:
-            yield ("confirm", "seeds"), f"{search.seed} is search.seed: confirm seeds must be fresh"
-        if len(set(confirm.seeds)) < len(confirm.seeds):
-            yield ("confirm", "seeds"), "holds a seed twice"
-    if isinstance(tune, Tune):
-        if isinstance(arms, Arms) and arms.full_finetuning and tune.full_finetuning is None:
-            yield (
-                ("tune", "full_finetuning"),
-                "missing: full fine-tuning needs its own learning rates (about a tenth of LoRA's), "
-                "or set arms.full_finetuning: false",
-            )
-        if isinstance(arms, Arms) and tune.prefix is not None and PREFIX not in arms.method:
-            yield ("tune", "prefix"), "no arm has these rates: add prefix to arms.method, or leave them out"
-        ours = len(rate_values(tune.learning_rate))
-        for name, rates in tune.own().items():
-            values = len(rate_values(rates))
-            if values != ours:
-                yield (
-                    ("tune", name, "learning_rate"),
-                    f"has {values} values and tune.learning_rate {ours}: every arm gets the same number",
-                )
-        ranges = all(isinstance(rates, Range) for rates in (tune.learning_rate, *tune.own().values()))
-        if isinstance(search, Search) and search.sampler != "grid" and not ranges:
-            yield (
-                ("tune", "learning_rate"),
-                f"sampler {search.sampler} draws from a range: give low, high and values, or use sampler: grid",
-            )

@@ -89,7 +89,8 @@ def study_params(study: Study) -> list[Param]:
         "reference": study.confirm.reference,
         "epsilon": study.confirm.epsilon,
     }
-    return [Param(key, without_credentials(str(value))) for key, value in params.items()]
+    given = {key: value for key, value in params.items() if value is not None}  # images have no max_length
+    return [Param(key, without_credentials(str(value))) for key, value in given.items()]
 
 
 def count_trials(record: StudyRecord) -> str:

@@ -19,10 +19,10 @@ from sweep.study.arms import ALL_LINEAR, Arm, pattern_key
 from sweep.study.errors import FieldError
 from sweep.training.locate import ModelPlace, first_line, quiet
 from sweep.training.quantization import check_quantization, loading_settings
-from sweep.training.tasks import CLASSIFICATION
+from sweep.training.tasks import CLASSIFICATION, CLASSIFIERS, IMAGES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HEAD_NAMES = ("classifier", "score")  # what PEFT saves with the adapter of a sequence classifier
+HEAD_NAMES = ("classifier", "score")  # what PEFT saves with the adapter of a classifier
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,12 @@ def load_base(
     if place.gguf_file:
         settings["gguf_file"] = place.gguf_file
     if quantization is not None:
-        spared = HEAD_NAMES if task == CLASSIFICATION else ()
+        spared = HEAD_NAMES if task in CLASSIFIERS else ()
         settings |= loading_settings(quantization, place, spared, DTYPES[precision])
-    if task == CLASSIFICATION:
+    if task in CLASSIFIERS:
         auto: Any = transformers.AutoModelForSequenceClassification
+        if task == IMAGES:
+            auto = transformers.AutoModelForImageClassification
         settings["num_labels"] = len(labels)
         settings["ignore_mismatched_sizes"] = True  # a head for other labels: ours comes fresh anyway
         settings["id2label"] = dict(enumerate(labels))
@@ -80,7 +82,7 @@ def load_base(
     head = tuple(
         name
         for name in layers
-        if task == CLASSIFICATION and (name.split(".")[0] in HEAD_NAMES or f"{name}.weight" in missing)
+        if task in CLASSIFIERS and (name.split(".")[0] in HEAD_NAMES or f"{name}.weight" in missing)
     )
     orphans = sorted(key for key in missing if key.rpartition(".")[0] not in head)
     if orphans:
@@ -98,6 +100,8 @@ def load_base(
         model.to(find_device())
     model.requires_grad_(False)
     model.eval()
+    if task == IMAGES:
+        return Base(model, head)
     if task == CLASSIFICATION:
         return Base(model, head, behind=reads_first_position(model))
     return Base(model, head, plain_head=has_plain_head(model))
@@ -113,12 +117,19 @@ def target_layers(model: nn.Module, head: tuple[str, ...], target_modules: tuple
         raise FieldError(
             ("arms.target_modules", f"the model has no layer that can be adapted, only {', '.join(kinds)}")
         )
+    endings = sorted({name.split(".")[-1] for name in layers})
     if target_modules == (ALL_LINEAR,):
         find_output = getattr(model, "get_output_embeddings", None)
         output = find_output() if callable(find_output) else None
         linear = {n: layer for n, layer in layers.items() if isinstance(layer, nn.Linear) or is_conv1d(layer)}
-        return {name: layer for name, layer in linear.items() if layer is not output}
-    endings = sorted({name.split(".")[-1] for name in layers})
+        found = {name: layer for name, layer in linear.items() if layer is not output}
+        if not found:
+            message = (
+                f"all-linear: but for its head the model has no linear layer; name its other layers by their endings, "
+                f"as in [[{endings[0]}]]; there are {', '.join(endings)}"
+            )
+            raise FieldError(("arms.target_modules", message))
+        return found
     for ending in target_modules:
         if not any(_ends(name, ending) for name in layers):
             near = difflib.get_close_matches(ending, [*endings, *layers], n=3, cutoff=0.5)

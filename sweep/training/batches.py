@@ -1,13 +1,15 @@
-"""Which rows a step trains on, and how rows become a padded batch. A function of (seed, step), nothing else."""
+"""Which rows a step trains on, and how rows become a batch, padded. A function of (seed, step), nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
-from sweep.training.data import Split
+from sweep.training.data import AnySplit, Split
+from sweep.training.images import ImageSplit
 
 WINDOW = 16  # batches that are sorted by length together, so that rows of one batch are about equally long
 
@@ -25,6 +27,46 @@ class Batch:
     def tokens(self) -> int:
         """Padding not counted."""
         return int(self.attention_mask_RT.sum())
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Under the names that the model's forward gives them."""
+        return {"input_ids": self.input_ids_RT, "attention_mask": self.attention_mask_RT}
+
+    def part(self, chosen: np.ndarray) -> Batch:
+        """Those rows alone."""
+        longest = int(self.attention_mask_RT[chosen].sum(1).max())
+        labels = self.labels[chosen]
+        return Batch(
+            self.input_ids_RT[chosen, :longest],
+            self.attention_mask_RT[chosen, :longest],
+            labels[:, :longest] if labels.ndim == 2 else labels,
+            self.source_R[chosen],
+        )
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """R images of one size, with what a `Batch` has."""
+
+    pixel_values_RCHW: np.ndarray  # float32
+    labels: np.ndarray  # int64 (R,)
+    source_R: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """An image counts as one."""
+        return len(self.labels)
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return {"pixel_values": self.pixel_values_RCHW}
+
+    def part(self, chosen: np.ndarray) -> ImageBatch:
+        return ImageBatch(self.pixel_values_RCHW[chosen], self.labels[chosen], self.source_R[chosen])
+
+
+AnyBatch = Batch | ImageBatch
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -52,9 +94,15 @@ def step_rows(lengths: np.ndarray, batch_size: int, seed: int, start: int, stop:
         yield batches[step % per_epoch]
 
 
-def collate(split: Split, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> Batch:
-    """The rows, in order, padded on the right to the longest of them."""
+@overload
+def collate(split: Split, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> Batch: ...
+@overload
+def collate(split: AnySplit, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> AnyBatch: ...
+def collate(split: AnySplit, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> AnyBatch:
+    """The rows, in order; texts padded on the right to the longest of them."""
     rows = np.asarray(rows)
+    if isinstance(split, ImageSplit):
+        return ImageBatch(split.read(rows), split.labels[rows], rows)
     longest = int(split.lengths[rows].max())
     input_ids_RT = np.full((len(rows), longest), pad_token_id, dtype=np.int64)
     attention_mask_RT = np.zeros((len(rows), longest), dtype=np.int64)
@@ -70,7 +118,7 @@ def collate(split: Split, rows: Sequence[int] | np.ndarray, pad_token_id: int) -
     return Batch(input_ids_RT, attention_mask_RT, labels, rows)
 
 
-def split_batch(batch: Batch, trials: int, rows: int | None) -> Iterator[tuple[int, Batch]]:
+def split_batch(batch: AnyBatch, trials: int, rows: int | None) -> Iterator[tuple[int, AnyBatch]]:
     """The pack's batch in parts of at most `rows` rows a trial, each with the place of its first row in a trial's."""
     per_trial = len(batch.source_R) // trials
     if rows is None or rows >= per_trial:
@@ -79,14 +127,4 @@ def split_batch(batch: Batch, trials: int, rows: int | None) -> Iterator[tuple[i
     for first in range(0, per_trial, rows):
         own = np.arange(first, min(first + rows, per_trial))
         chosen = (np.arange(trials)[:, None] * per_trial + own).reshape(-1)
-        longest = int(batch.attention_mask_RT[chosen].sum(1).max())
-        labels = batch.labels[chosen]
-        yield (
-            first,
-            Batch(
-                batch.input_ids_RT[chosen, :longest],
-                batch.attention_mask_RT[chosen, :longest],
-                labels[:, :longest] if labels.ndim == 2 else labels,
-                batch.source_R[chosen],
-            ),
-        )
+        yield first, batch.part(chosen)

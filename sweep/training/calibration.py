@@ -20,9 +20,10 @@ from sweep.lora.optim import moment_count
 from sweep.lora.passes import UnpackableError
 from sweep.study.arms import Arm
 from sweep.study.records import Prepared, Setup, TrialSpec
-from sweep.training.batches import Batch
+from sweep.training.batches import AnyBatch, Batch, collate
 from sweep.training.data import TokenisedData
 from sweep.training.forecast import forward_cost
+from sweep.training.images import ImageSplit
 from sweep.training.rung import start_trainee, tell, timed_steps, tokenised
 from sweep.training.tasks import score
 
@@ -129,7 +130,7 @@ def _bytes_a_trial(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> int
 def packs_see_rows(setup: Setup, choice: Prepared, arm: Arm) -> bool:
     """Whether every adapted layer sees the batch's rows first, so that they can be told apart by trial.
 
-    Seen on two trials of three rows of five tokens: in a batch with as many rows as tokens a layer that sees tokens
+    Seen on two trials of three rows, of five tokens: in a batch with as many rows as tokens a layer that sees tokens
     first (XLNet's, Longformer's) could not be told from one that sees rows.
     """
     trials = [TrialSpec(-1, arm, 1e-4, 0, "calibration", "")] * 2
@@ -146,8 +147,12 @@ def packs_see_rows(setup: Setup, choice: Prepared, arm: Arm) -> bool:
     return True
 
 
-def few_tokens(data: TokenisedData, rows: int, tokens: int) -> Batch:
-    """A batch of that shape, of the first tokens of training rows; no row has the input of another."""
+def few_tokens(data: TokenisedData, rows: int, tokens: int) -> AnyBatch:
+    """A batch of that shape, of the first tokens of training rows, or of so many images; each counts as a row of its
+    own."""
+    if isinstance(data.train, ImageSplit):
+        images = collate(data.train, np.arange(rows) % len(data.train), data.pad_token_id)
+        return replace(images, source_R=np.arange(rows))
     ids_RT = np.resize(data.train.input_ids, (rows, tokens)).astype(np.int64)
     per_token = data.train.labels.dtype == np.int8
     labels = np.ones((rows, tokens), dtype=bool) if per_token else np.zeros(rows, dtype=np.int64)

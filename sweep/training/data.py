@@ -1,4 +1,4 @@
-"""From rows to token arrays: duplicates out, split, tokenised once and cached by content."""
+"""From rows to arrays: duplicates out, split, made into tokens or pixels once and cached by content."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,24 +15,30 @@ import numpy as np
 
 from sweep.study.errors import FieldError
 from sweep.study.records import DataSettings, Setup, Truncation
+from sweep.training.images import ImageSplit, image_splits
 from sweep.training.locate import ModelPlace, load_tokenizer, model_fingerprint
+from sweep.training.pictures import with_pixel_digests
 from sweep.training.sources import Row, Rows, read_rows
 from sweep.training.tokens import Split, choose_rows, tokenise_for_lm, tokenise_texts
 
-__all__ = ["Split", "TokenisedData", "load_data"]
+__all__ = ["AnySplit", "Split", "TokenisedData", "load_data"]
 SPLITS = ("train", "validation", "test")
 _CODE_VERSION = 2  # raise it when the same rows would become other tokens or another split
 _TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
 Tokens = tuple[dict[str, Split], int]  # by split name, and the padding token
 
 
+AnySplit = Split | ImageSplit
+
+
 @dataclass(frozen=True)
 class TokenisedData:
-    """`fingerprint` is of the rows and their split, whatever the tokenizer and wherever the files lie."""
+    """Texts as tokens, images as pixels. `fingerprint` is of the rows and their split, whatever the tokenizer or image
+    processor and wherever the files lie."""
 
-    train: Split
-    validation: Split
-    test: Split
+    train: AnySplit
+    validation: AnySplit
+    test: AnySplit
     labels: tuple[str, ...]  # empty for causal-lm
     duplicates_removed: int
     fingerprint: str
@@ -41,20 +47,33 @@ class TokenisedData:
 
 def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
     """Read, clear of duplicates, split and tokenise the study's data; the tokens come from the cache where they can.
+    So do images, as pixels. Where the study makes its own base, rows of the labels that this has learnt are left out.
 
-    Of rows with the same text (case and white space aside) the test split keeps one, else validation, else train.
+    Of rows with the same text (case and white space aside), or the same pixels, the test split keeps one, else
+    validation, else train.
     Fractions are of all rows, seeded by setup.split_seed and, for classification, drawn from every class alike; every
     class keeps a training row. Of validation and test at most max_evaluation_rows tokenised rows are drawn.
     Raises FieldError on `data.…` for what cannot be used, and on `model` where its tokenizer cannot.
     """
-    rows, duplicates_removed = remove_duplicates(read_rows(setup.data, setup.task))
+    rows, duplicates_removed = distinct_rows(setup)
+    if setup.pretrain is not None:
+        rows = of_classes(rows, set(setup.pretrain.labels), wanted=False)
     if not rows["train"]:
         duplicates = f" ({duplicates_removed} duplicates removed)" if duplicates_removed else ""
         raise FieldError(("data.source", f"{setup.data.source}: no rows are left to train on{duplicates}"))
-    labels = _list_labels(rows, setup.data) if setup.task == "sequence-classification" else ()
+    labels = _list_labels(rows, setup.data) if setup.task != "causal-lm" else ()
     rows = make_splits(rows, setup.data, setup.split_seed)
     _check_splits(rows, labels, setup.data)
-    fingerprint = _fingerprint(rows)
+    fingerprint = row_fingerprint(rows)
+    if setup.task == "image-classification":
+        images = image_splits(rows, labels, place, fingerprint, Path(setup.cache))
+        return TokenisedData(
+            **images,
+            labels=labels,
+            duplicates_removed=duplicates_removed,
+            fingerprint=fingerprint,
+            pad_token_id=0,
+        )
     cached = Path(setup.cache) / f"tokens-{_cache_key(setup, place, fingerprint)}.npz"
     tokens = read_cache(cached, SPLITS)
     if tokens is None:
@@ -74,8 +93,22 @@ def load_data(setup: Setup, place: ModelPlace) -> TokenisedData:
     )
 
 
+def distinct_rows(setup: Setup) -> tuple[Rows, int]:
+    """All rows of the source without duplicates, and how many those were."""
+    rows = read_rows(setup.data, setup.task)
+    if setup.task == "image-classification":
+        rows = {name: with_pixel_digests(own, Path(setup.cache)) for name, own in rows.items()}
+    return remove_duplicates(rows)
+
+
+def of_classes(rows: Rows, classes: Collection[str], wanted: bool) -> Rows:
+    """The rows of these classes, or (not wanted) of the others."""
+    return {name: [row for row in own if (row["label"] in classes) == wanted] for name, own in rows.items()}
+
+
 def remove_duplicates(rows: Rows) -> tuple[Rows, int]:
-    """Rows without a text twice in any splits, and how many were removed: test keeps its row, then validation."""
+    """Rows without a text or an image twice in any splits, and how many were removed: test keeps its own, then
+    validation."""
     seen: set[bytes] = set()
     kept: Rows = {}
     for name in reversed(SPLITS):
@@ -114,7 +147,8 @@ def make_splits(rows: Rows, settings: DataSettings, seed: int) -> Rows:
 def _normalised(row: Row) -> bytes:
     """What two rows share when they are duplicates."""
     words = [m["role"] + "\0" + m["content"] for m in row["messages"]] if "messages" in row else []
-    return text_key(*words, *(row[name] for name in ("text", "prompt", "completion") if name in row))
+    words += [row[name] for name in ("text", "prompt", "completion", "pixels") if name in row]
+    return text_key(*words)
 
 
 def text_key(*texts: str) -> bytes:
@@ -166,12 +200,13 @@ def _number(label: str) -> float | None:
     return number if np.isfinite(number) else None
 
 
-def _fingerprint(rows: Rows) -> str:
+def row_fingerprint(rows: Rows) -> str:
     digest = hashlib.sha256()
     for name in SPLITS:
         digest.update(name.encode())
         for row in rows[name]:
-            digest.update(json.dumps(row, sort_keys=True).encode())
+            told = {key: value for key, value in row.items() if key != "image"}  # its digest is told
+            digest.update(json.dumps(told, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "package:"
+DIGITS = "sklearn:digits"
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -38,11 +39,12 @@ class ModelPlace:
 
 @dataclass(frozen=True)
 class DataPlace:
-    """Exactly one of files, folder and hub_id is set."""
+    """Exactly one of files, folder, hub_id and digits is set."""
 
     files: tuple[str, ...] = ()  # all of DATA_SUFFIXES, sorted
     folder: str | None = None  # a folder of class folders
     hub_id: str | None = None
+    digits: bool = False  # scikit-learn's images
 
 
 def locate_model(name: str) -> ModelPlace:
@@ -62,10 +64,15 @@ def locate_model(name: str) -> ModelPlace:
 
 
 def locate_data(source: str) -> DataPlace:
-    """A file, a glob, a folder (of data files, or of class folders), `package:NAME/…` for these, or a hub data set id.
+    """A file, a glob, a folder (of data files, or of class folders), `package:NAME/…` for these, `sklearn:digits`, or a
+    hub data set id.
 
     Raises FieldError on `data.source`.
     """
+    if source.startswith("sklearn:"):
+        if source != DIGITS:
+            raise FieldError(("data.source", f"{source!r}: of scikit-learn's data sets there is {DIGITS} alone"))
+        return DataPlace(digits=True)
     path = _in_package(source, "data.source") if source.startswith(PACKAGE) else Path(source).expanduser()
     if path.is_dir():
         return _data_folder(source, path.absolute())

@@ -15,11 +15,12 @@ from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup
 from sweep.training.base import check_arm, find_device, load_base
 from sweep.training.calibration import FIRST_PACKS, calibrate
-from sweep.training.data import SPLITS, TokenisedData
+from sweep.training.data import SPLITS, Split, TokenisedData
 from sweep.training.forgetting import check_source_text, describe_source_text
 from sweep.training.locate import model_fingerprint
 from sweep.training.quantization import check_quantization, count_parameters
 from sweep.training.rung import located, tokenised
+from sweep.training.scratch import pretraining_record
 from sweep.training.source_text import load_source_text
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
@@ -28,7 +29,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes"
 def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
     """Load model and data, check every arm against them, and calibrate. Raises FieldError with all problems found."""
     check_quantization(setup.quantization)
-    place, data = located(setup.model), tokenised(setup)
+    place, data = located(setup), tokenised(setup)
     if len(data.train) < setup.train.batch_size:
         raise FieldError(
             ("train.batch_size", f"{setup.train.batch_size} is more than the {len(data.train)} training rows there are")
@@ -73,9 +74,10 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         pack_size=FIRST_PACKS[0],
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
         versions=_versions(),
-        truncation={name: getattr(data, name).truncation for name in SPLITS},
+        truncation={name: s.truncation for name in SPLITS if isinstance(s := getattr(data, name), Split)},
         chance_loss=chance_loss,
         chance_accuracy=chance_accuracy,
+        pretraining=pretraining_record(place) if setup.pretrain else {},
     )
     prepared = calibrate(setup, prepared, [arm for arm in arms if not arm.is_full])
     if not setup.forgetting:
@@ -93,7 +95,7 @@ def chance(data: TokenisedData) -> tuple[float, float]:
 
 def fingerprints(setup: Setup) -> tuple[str, str, str]:
     """Of data, model and source text as they are now: a study that goes on must find what it began with."""
-    place = located(setup.model)
+    place = located(setup)
     text = load_source_text(setup, place).fingerprint if setup.forgetting else ""
     return tokenised(setup).fingerprint, model_fingerprint(place), text
 

@@ -23,9 +23,9 @@ from sweep.lora.readout import read_first_position
 from sweep.study.arms import Arm
 from sweep.study.records import CONFIRM, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
 from sweep.training.base import Base, adapter_of, load_base, target_layers
-from sweep.training.batches import Batch, collate, split_batch, step_rows
+from sweep.training.batches import AnyBatch, collate, split_batch, step_rows
 from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sweep.training.data import Split, TokenisedData, load_data
+from sweep.training.data import AnySplit, TokenisedData, load_data
 from sweep.training.forgetting import (
     LanguageModel,
     adapted_losses,
@@ -34,7 +34,8 @@ from sweep.training.forgetting import (
     text_losses,
 )
 from sweep.training.full import start_full
-from sweep.training.locate import ModelPlace, locate_model
+from sweep.training.locate import ModelPlace
+from sweep.training.scratch import find_base
 from sweep.training.source_text import load_source_text
 from sweep.training.tasks import CAUSAL_LM, evaluate, score, target_counts, tell_pass
 
@@ -178,7 +179,7 @@ def base_for(setup: Setup, prepared: Prepared, arm: Arm) -> Base:
     """The frozen model as the arm trains on it: full fine-tuning copies float32 weights in every precision."""
     precision = "float32" if arm.is_full else prepared.precision
     pad_token_id = tokenised(setup).pad_token_id
-    place = located(setup.model)
+    place = located(setup)
     return load_base(
         place, setup.task, prepared.labels, pad_token_id, precision, prepared.attention, setup.quantization
     )
@@ -210,7 +211,7 @@ def fresh_state(base: Base, trial: TrialSpec, train: TrainSettings) -> dict[str,
     return {**state, **init_head({name: layers[name] for name in base.head}, trial.seed)}
 
 
-def train_step(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared, step: int) -> Tensor:
+def train_step(trainee: Trainee, batch: AnyBatch, setup: Setup, prepared: Prepared, step: int) -> Tensor:
     """One optimizer step of every trial on its own rows of the pack's batch. Returns the mean losses (K,) before it."""
     losses = []
     for loss_K in training_losses(trainee, batch, setup, prepared, step):
@@ -221,7 +222,7 @@ def train_step(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared,
     return loss_K
 
 
-def training_losses(trainee: Trainee, batch: Batch, setup: Setup, prepared: Prepared, step: int) -> Iterator[Tensor]:
+def training_losses(trainee: Trainee, batch: AnyBatch, setup: Setup, prepared: Prepared, step: int) -> Iterator[Tensor]:
     """The trials' mean losses (K,), as the parts of them that each device batch adds; mostly there is one."""
     counts = target_counts(batch, trainee.trials)
     for first_row, part in split_batch(batch, trainee.trials, setup.train.micro_batch_size):
@@ -245,7 +246,7 @@ def timed_steps(
     return times[warmup:]
 
 
-def held_out_scores(trainee: Trainee, split: Split, setup: Setup, prepared: Prepared) -> list[dict[str, float]]:
+def held_out_scores(trainee: Trainee, split: AnySplit, setup: Setup, prepared: Prepared) -> list[dict[str, float]]:
     """Every trial on all rows of a split; see `summarise`."""
     pad_token_id, told = tokenised(setup).pad_token_id, _told(trainee)
     with _autocast(trainee, prepared):
@@ -254,7 +255,7 @@ def held_out_scores(trainee: Trainee, split: Split, setup: Setup, prepared: Prep
 
 def source_losses(trainee: Trainee, trials: list[TrialSpec], setup: Setup, prepared: Prepared) -> list[float]:
     """Every trial's loss on the text that forgetting is measured on."""
-    place, pad_token_id = located(setup.model), tokenised(setup).pad_token_id
+    place, pad_token_id = located(setup), tokenised(setup).pad_token_id
     text = load_source_text(setup, place)
     with _autocast(trainee, prepared):
         if setup.task == CAUSAL_LM:
@@ -271,8 +272,8 @@ def source_losses(trainee: Trainee, trials: list[TrialSpec], setup: Setup, prepa
 
 def pack_batches(
     data: TokenisedData, setup: Setup, trials: list[TrialSpec], start: int, stop: int
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """The pack's batch of each step, rows ordered by trial, and every trial's tokens in it (padding not counted)."""
+) -> Iterator[tuple[AnyBatch, np.ndarray]]:
+    """The pack's batch of each step, rows ordered by trial, and each trial's tokens in it (no padding) or images."""
     lengths = data.train.lengths
     orders = [step_rows(lengths, setup.train.batch_size, trial.seed, start, stop) for trial in trials]
     for rows in zip(*orders, strict=True):
@@ -284,16 +285,16 @@ def pack_batches(
 
 @lru_cache(maxsize=2)
 def tokenised(setup: Setup) -> TokenisedData:
-    return load_data(setup, located(setup.model))
+    return load_data(setup, located(setup))
 
 
 @lru_cache(maxsize=8)
-def located(model: str) -> ModelPlace:
-    """Found once a process: a hub that goes away later must not end trials."""
-    return locate_model(model)
+def located(setup: Setup) -> ModelPlace:
+    """The base model, found once a process: a hub that goes away later must not end trials."""
+    return find_base(setup)
 
 
-def tell(trainee: Trainee, batch: Batch, step: int | None, first_row: int = 0) -> None:
+def tell(trainee: Trainee, batch: AnyBatch, step: int | None, first_row: int = 0) -> None:
     """Tell the packed layers of the pass that comes: of a training step, or (None) without dropout."""
     tell_pass(_told(trainee), batch, step, first_row)
 

@@ -1,4 +1,4 @@
-"""Reading rows from where they lie: CSV, JSON lines, Parquet, text, folders of class folders, the hub."""
+"""Reading rows from where they lie: CSV, JSON lines, Parquet, text, class folders, the hub, scikit-learn."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import Any
 
 from sweep.study.errors import FieldError
 from sweep.study.records import DataSettings
-from sweep.training.locate import first_line, hub_problem, locate_data
+from sweep.training.locate import DIGITS, first_line, hub_problem, locate_data
+from sweep.training.pictures import as_picture, class_folders, digits
 
-# {"text", "label"} with the label as text, {"text"}, {"prompt", "completion"}, or {"messages"}.
+# {"text", "label"} with the label as text, {"text"}, {"prompt", "completion"}, {"messages"}, or {"image",
+# "label"} with the image as a Picture.
 Row = dict[str, Any]
 # "train", and "validation" and "test" where the settings name a split for them.
 Rows = dict[str, list[Row]]
@@ -38,11 +40,16 @@ def read_rows(settings: DataSettings, task: str) -> Rows:
     if settings.split != "train" or settings.config is not None:
         field = "data.config" if settings.config is not None else "data.split"
         raise FieldError((field, f"only a hub data set has it, and {settings.source} is local"))
-    if place.folder is not None:
+    if place.folder is not None or place.digits:
         if named:
-            raise FieldError(
-                *((f"data.{name}", "class folders have no named splits: give a fraction") for name in named)
-            )
+            what = DIGITS if place.digits else "class folders"
+            raise FieldError(*((f"data.{name}", f"{what} have no named splits: give a fraction") for name in named))
+        if place.folder is None:
+            if "image" not in columns:
+                raise FieldError(("data.source", f"{DIGITS} holds images: use task: image-classification"))
+            return {"train": digits()}
+        if "image" in columns:
+            return {"train": class_folders(Path(place.folder))}
         return {"train": _class_folders(Path(place.folder), columns)}
     rows: Rows = {}
     rest = list(place.files)
@@ -75,6 +82,8 @@ def label_text(value: Any) -> str | None:
 
 
 def _columns(settings: DataSettings, task: str) -> Columns:
+    if task == "image-classification":
+        return {"image": settings.image or "image", "label": settings.label}
     if task == "sequence-classification":
         for field in ("prompt", "messages"):
             if getattr(settings, field) is not None:
@@ -190,6 +199,8 @@ def _hub(hub_id: str, wanted: dict[str, str], settings: DataSettings, columns: C
         except Exception as error:  # datasets raises many kinds; the message says which
             raise _hub_error(hub_id, name, problem, error) from None
         _need(columns, table.column_names, f"{hub_id} ({split})")
+        if "image" in columns and isinstance(table.features[columns["image"]], datasets.Image):
+            table = table.cast_column(columns["image"], datasets.Image(decode=False))  # when it is needed
         picked = table.select_columns(list(columns.values())).to_list()
         names = getattr(table.features[columns["label"]], "names", None) if "label" in columns else None
         if names:  # the column holds numbers of names; -1 means no label
@@ -247,6 +258,8 @@ def _pick(table: list[dict[str, Any]], columns: Columns, where: str) -> list[Row
         row = {name: raw[column] for name, column in columns.items()}
         if "label" in row:
             row["label"] = label_text(row["label"])
+        if "image" in row:
+            row["image"] = as_picture(row["image"], Path(where).parent, f"row {number} of {where}")
         if "messages" in row:
             row["messages"] = _messages(row["messages"], f"row {number} of {where}")
         for name in row.keys() & {"text", "prompt", "completion"}:
@@ -258,7 +271,7 @@ def _pick(table: list[dict[str, Any]], columns: Columns, where: str) -> list[Row
         if list(columns) == ["text"] and not (row["text"] or "").strip():
             continue
         lacking += [(name, number) for name in ("text", "label") if name in row and not (row[name] or "").strip()]
-        lacking += [(name, number) for name in ("prompt", "completion") if name in row and row[name] is None]
+        lacking += [(name, number) for name in ("prompt", "completion", "image") if name in row and row[name] is None]
         rows.append(row)
     problems = []
     for name in columns:

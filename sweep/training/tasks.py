@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from sweep.lora.passes import ForwardPass
-from sweep.training.batches import Batch, collate
-from sweep.training.data import Split
+from sweep.training.batches import AnyBatch, Batch, collate
+from sweep.training.data import AnySplit, Split
 
-CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
+CLASSIFICATION, CAUSAL_LM, IMAGES = "sequence-classification", "causal-lm", "image-classification"
+CLASSIFIERS = (CLASSIFICATION, IMAGES)
 EVAL_TOKENS, EVAL_LOGITS = 4096, 2**26  # of one forward pass in evaluation
 CHUNK_LOGITS = 2**23  # of the output layer at a time
 
@@ -33,33 +34,31 @@ class Scores:
     count_K: Tensor
 
 
-def score(model: Any, batch: Batch, task: str, trials: int, plain_head: bool = False) -> Scores:
+def score(model: Any, batch: AnyBatch, task: str, trials: int, plain_head: bool = False) -> Scores:
     """One forward pass over K·b rows, ordered by trial.
 
     plain_head: see `Base`; the output layer is then computed at target positions alone.
     """
+    inputs = model_inputs(model, batch)
     device = next(model.parameters()).device
-    input_ids_RT = torch.from_numpy(batch.input_ids_RT).to(device)
-    attention_mask_RT = torch.from_numpy(batch.attention_mask_RT).to(device)
     labels = torch.from_numpy(batch.labels).to(device)
-    if task == CLASSIFICATION:
-        logits_RC = model(input_ids=input_ids_RT, attention_mask=attention_mask_RT).logits.float()
+    if task in CLASSIFIERS:
+        logits_RC = model(**inputs).logits.float()
         loss_R = cross_entropy(logits_RC, labels, reduction="none")
         correct_R = (logits_RC.argmax(-1) == labels).float()
         rows_K = torch.full((trials,), len(labels) // trials, device=device)
         return Scores(loss_R.view(trials, -1).sum(1), correct_R.view(trials, -1).sum(1), rows_K)
     target_RT = labels[:, 1:]  # position t predicts token t + 1
-    wanted_M = input_ids_RT[:, 1:][target_RT]
-    inputs = {"input_ids": input_ids_RT, "attention_mask": attention_mask_RT, "use_cache": False}
+    wanted_M = inputs["input_ids"][:, 1:][target_RT]
     output = model.get_output_embeddings()
     if plain_head and isinstance(output, nn.Linear):  # an adapted output layer goes through the model's own forward
-        hidden_MH = model.base_model(**inputs).last_hidden_state[:, :-1][target_RT]
+        hidden_MH = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][target_RT]
         if output.weight.requires_grad:
             loss_M, correct_M = _token_loss(output(hidden_MH).float(), wanted_M)
         else:
             loss_M, correct_M = _FrozenHeadLoss.apply(hidden_MH, output.weight, output.bias, wanted_M)
     else:
-        loss_M, correct_M = _token_loss(model(**inputs).logits[:, :-1][target_RT].float(), wanted_M)
+        loss_M, correct_M = _token_loss(model(**inputs, use_cache=False).logits[:, :-1][target_RT].float(), wanted_M)
     trial_M = torch.arange(trials, device=device).repeat_interleave(len(labels) // trials)
     trial_M = trial_M[:, None].expand_as(target_RT)[target_RT]
     zeros_K = torch.zeros(trials, device=device)
@@ -70,7 +69,15 @@ def score(model: Any, batch: Batch, task: str, trials: int, plain_head: bool = F
     )
 
 
-def target_counts(batch: Batch, trials: int) -> np.ndarray:
+def model_inputs(model: Any, batch: AnyBatch) -> dict[str, Tensor]:
+    """What the model's forward is given, on its device; pixels in the dtype of its frozen weights."""
+    frozen = next((p for p in model.parameters() if not p.requires_grad), None)  # full fine-tuning has none: float32
+    dtype, device = torch.float32 if frozen is None else frozen.dtype, next(model.parameters()).device
+    tensors = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+    return {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in tensors.items()}
+
+
+def target_counts(batch: AnyBatch, trials: int) -> np.ndarray:
     """(K,): over how many rows, or target tokens, each trial's loss is a mean."""
     if batch.labels.ndim == 1:
         return np.full(trials, len(batch.labels) // trials)
@@ -117,20 +124,26 @@ def _token_loss(logits_MV: Tensor, wanted_M: Tensor) -> tuple[Tensor, Tensor]:
     return cross_entropy(logits_MV, wanted_M, reduction="none"), (logits_MV.argmax(-1) == wanted_M).float()
 
 
-def evaluation_batches(model: Any, split: Split, task: str, trials: int, pad_token_id: int) -> Iterator[Batch]:
+@overload
+def evaluation_batches(model: Any, split: Split, task: str, trials: int, pad_token_id: int) -> Iterator[Batch]: ...
+@overload
+def evaluation_batches(
+    model: Any, split: AnySplit, task: str, trials: int, pad_token_id: int
+) -> Iterator[AnyBatch]: ...
+def evaluation_batches(model: Any, split: AnySplit, task: str, trials: int, pad_token_id: int) -> Iterator[AnyBatch]:
     """All rows of a split, shortest first, the same ones for every trial."""
     order = np.argsort(split.lengths, kind="stable")
     tokens = EVAL_TOKENS
     if task == CAUSAL_LM:  # the logits of a pass are tokens × vocabulary
         tokens = min(tokens, EVAL_LOGITS // int(model.config.get_text_config().vocab_size))
-    per_pass = max(1, tokens // (trials * int(split.lengths.max())))
+    per_pass = max(1, tokens // (trials * split.longest))
     for i in range(0, len(order), per_pass):
         yield collate(split, np.tile(order[i : i + per_pass], trials), pad_token_id)
 
 
 def evaluate(
     model: Any,
-    split: Split,
+    split: AnySplit,
     task: str,
     trials: int,
     pad_token_id: int,
@@ -146,7 +159,7 @@ def evaluate(
     return summarise(found, task)
 
 
-def tell_pass(told: ForwardPass | None, batch: Batch, step: int | None, first_row: int = 0) -> None:
+def tell_pass(told: ForwardPass | None, batch: AnyBatch, step: int | None, first_row: int = 0) -> None:
     """Tell the packed layers of the pass that comes: of a training step, or (None) without dropout."""
     if told is None:
         return
@@ -168,7 +181,7 @@ def summarise(passes: Sequence[Scores], task: str) -> list[dict[str, float]]:
     results = []
     for loss, correct, count in zip(loss_K.tolist(), correct_K.tolist(), count_K.tolist(), strict=True):
         mean = loss / count
-        if task == CLASSIFICATION:
+        if task in CLASSIFIERS:
             results.append({"loss": mean, "accuracy": correct / count})
         else:
             results.append({"loss": mean, "perplexity": math.exp(min(mean, 700.0))})

@@ -47,6 +47,11 @@ class Split:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max())
+
 
 def choose_rows(split: Split, most: int, rng: np.random.Generator) -> Split:
     """At most that many rows, drawn at random, in their order."""
