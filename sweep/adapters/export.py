@@ -45,7 +45,7 @@ from sweep.training.data import TokenisedData, load_data
 from sweep.training.images import load_image_processor
 from sweep.training.locate import ModelPlace, load_tokenizer, quiet
 from sweep.training.scratch import find_base
-from sweep.training.tasks import IMAGES, model_inputs
+from sweep.training.tasks import CLASSIFICATION, IMAGES, model_inputs
 
 TOLERANCE = 1e-5  # on logits, relative to the largest of them where that is above 1
 CHECKED_ROWS = 8
