@@ -125,7 +125,7 @@ def base_model(made: Made) -> nn.Module:
     study, record, home, _ = made
     assert record.prepared is not None
     pad = tokenised(study.setup(str(home.cache))).pad_token_id
-    return load_base(located(study.model), study.task, record.prepared.labels, pad, "float32", "eager").model
+    return load_base(located(setup), study.task, record.prepared.labels, pad, "float32", "eager").model
 
 
 def dense_update(made: Made, arm: str, seed: int, layer: str) -> np.ndarray:
