@@ -124,7 +124,8 @@ def weights_of(record: StudyRecord, arm: str, seed: int) -> dict[str, torch.Tens
 def base_model(made: Made) -> nn.Module:
     study, record, home, _ = made
     assert record.prepared is not None
-    pad = tokenised(study.setup(str(home.cache))).pad_token_id
+    setup = study.setup(str(home.cache))
+    pad = tokenised(setup).pad_token_id
     return load_base(located(setup), study.task, record.prepared.labels, pad, "float32", "eager").model
 
 
