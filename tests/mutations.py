@@ -110,7 +110,7 @@ MUTATIONS = (
         "g_GNO, x_GNI = g_KNO[start:stop], _dropped(x_KNI, keep_KNI if drops else None, start, stop)",
         "g_GNO, x_GNI = g_KNO[start:stop], x_KNI[start:stop]",
     ),
-    Mutation("dropout never on", RUNG, "told.dropout = step is not None and told.p > 0", "told.dropout = False"),
+    Mutation("dropout never on", TASKS, "told.dropout = step is not None and told.p > 0", "told.dropout = False"),
     Mutation("dropout's generator missing: no seed", PASSES, "_mix(keys.seeds_K + ", "_mix(keys.seeds_K * 0 + "),
     Mutation("dropout does not depend on the step", PASSES, "(keys.step + 1)", "1"),
     Mutation("dropout does not depend on the layer", PASSES, "(layer + 1)", "1"),
@@ -214,12 +214,12 @@ MUTATIONS = (
     Mutation("a trial's own end ignored", OPTIM, "alive and self.step_count < r.steps for", "alive for"),
     Mutation(
         "rows return from the trunk to wrong places",
-        RUNG,
+        TASKS,
         "torch.from_numpy(place_R).to(device)",
         "torch.from_numpy(place_R).flip(0).to(device)",
     ),
     Mutation("the trunk reaches into the first adapted block", TRUNK, "first = min((int(", "first = max((int("),
-    Mutation("the trunk is not shared", RUNG, "repeats = len(distinct_U) < len(place_R)", "repeats = False"),
+    Mutation("the trunk is not shared", TASKS, "repeats = len(distinct_U) < len(place_R)", "repeats = False"),
     Mutation("hooks stay after a pack", ADAPTER, "        hook.remove()", "        pass"),
     Mutation(
         "a prefix of another trial",
