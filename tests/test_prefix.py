@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from driving import records_of, run, trials_of
@@ -24,12 +25,14 @@ from random_packs import (
     prefixed_pack,
     train_pack,
 )
+from scipy import stats
 from synthetic import quickstart, write_study
 from test_parity_packs import assert_untouched
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from sweep.lora.prefix import PROMPT, init_prefix, prefix_refusal
+from sweep.report.prefix_section import prefix_section
 from sweep.report.report import write_report
 from sweep.report.statistics import find
 from sweep.study.arms import Arm
@@ -177,6 +180,40 @@ def test_prefixes_are_held_against_reference_and_full_outside_the_sequence_of_ra
     write_report(study, record, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "prefix 16" in text and "rank 0" not in text and "alpha ratio 0" not in text
+
+
+def test_lora_a_prefix_and_both_are_held_against_one_another_seed_by_seed(tmp_path: Path) -> None:
+    study = quickstart(*PREFIXED, "arms.alpha_ratio=[1]")
+    rng = np.random.default_rng(3)
+    gain = {"lora": 0.0, "prefix": 0.2, "lora+prefix": -0.1, "full": 0.0}
+    losses: dict[tuple[str, int], float] = {}
+
+    def loss(arm: Arm, seed: int) -> float:
+        return losses.setdefault((arm.name, seed), 0.5 + 0.05 * seed + gain[arm.method] + rng.normal(0, 0.01))
+
+    findings = write_report(study, write_study(tmp_path / "study", study, loss, ends={}), tmp_path / "report")
+    section = prefix_section(study, findings, tmp_path)
+    assert section is not None
+    names = [row.cells[0].text for row in section.tables[0][1].rows]
+    assert names == [f"rank {r}, prefix {length}" for r in (2, 64) for length in (4, 16)]
+    one, other = "r64-ratio1-lora+prefix-p16", "prefix-p16"
+    pairs = [losses[one, seed] - losses[other, seed] for seed in study.confirm.seeds]
+    low, high = stats.t.interval(0.95, len(pairs) - 1, np.mean(pairs), stats.sem(pairs))
+    cell = section.tables[0][1].rows[3].cells[2]
+    assert (cell.text, cell.below) == (f"−{-np.mean(pairs):.3f}", f"−{-low:.3f} to −{-high:.3f}")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "both together were shown better than LoRA alone at 4 and worse at 0" in text
+    assert "the prefix alone was shown better than LoRA alone at 0 and worse at 4" in text
+    assert "That the prefix is worse is shown here too; that both together can gain on LoRA is shown too" in text
+
+    gain.update({"prefix": -0.2, "lora+prefix": 0.1})
+    losses.clear()
+    findings = write_report(study, write_study(tmp_path / "other", study, loss, ends={}), tmp_path / "contrary")
+    text = (tmp_path / "contrary" / "report.md").read_text()
+    assert "as here, contradicts that; that both together gain on LoRA is contradicted" in text
+    plain = quickstart()
+    write_report(plain, write_study(tmp_path / "plain", plain, ends={}), tmp_path / "without")
+    assert "a prefix, or both" not in (tmp_path / "without" / "report.md").read_text()
 
 
 def test_the_driver_judges_prefixes_by_their_length_and_optuna_knows_it(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def find(study: Study, record: StudyRecord) -> Findings:
         recommended_trial=_best_trial(record, recommended.arm) if recommended else None,
         sentences=("", ""),
         warnings=(
-            *cautions(study, results, recommended, {r.arm.name: _paired_interval(r, recommended) for r in results}),
+            *cautions(study, results, recommended, {r.arm.name: paired_interval(r, recommended) for r in results}),
             *edge_warnings(edges),
             *_warnings(study, record, results, rows),
         ),
@@ -140,8 +140,8 @@ def _compare(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRo
         compared.append(
             replace(
                 result,
-                to_full=_paired_interval(result, full),
-                to_reference=_paired_interval(result, reference),
+                to_full=paired_interval(result, full),
+                to_reference=paired_interval(result, reference),
                 verdict=verdict,
                 in_sequence=result.arm.name in in_sequence,
                 note=note,
@@ -207,7 +207,8 @@ def _paired(result: ArmResult, other: ArmResult) -> list[float]:
     return [loss - theirs[s] for s, loss in zip(result.seeds, result.test_losses, strict=True) if s in theirs]
 
 
-def _paired_interval(result: ArmResult, other: ArmResult | None) -> Interval | None:
+def paired_interval(result: ArmResult, other: ArmResult | None) -> Interval | None:
+    """Of the differences of test loss, result − other, over the seeds that both completed."""
     if other is None or other.arm.name == result.arm.name:
         return None
     differences = _paired(result, other)
