@@ -54,7 +54,7 @@ def adapters(
         return
     asked = _asked(texts, rows, list(read))
     found = list(read.values())
-    model, task = base or common_base(found), common_task(found)
+    task, model = common_task(found), base or common_base(found)
     labels = common_labels(found) if task == CLASSIFICATION else ()
     serving = load_serving_base(model, task, labels)
     for name, folder in places.items():

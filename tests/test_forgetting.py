@@ -333,6 +333,7 @@ def test_report_shows_forgetting_and_says_whether_it_agrees_with_the_literature(
         record = write_study(tmp_path / name, study, final_loss, forgets=how, ends={})
         findings = write_report(study, record, tmp_path / "out")
         text = (tmp_path / "out" / "report.md").read_text()
+        assert ("Here no arm forgot" in text) == (name == "more")
         assert says in text and "arXiv 2405.09673" in text and "| Forgetting |" in text
         assert (tmp_path / "out" / "figures" / "learning-forgetting.png").exists()
         full = findings.result("full")

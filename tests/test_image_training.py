@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from image_parts import COLOURS, image_setup, save_folders, save_model
-from peft import LoraConfig, get_peft_model
+from image_parts import COLOURS, SIZE, image_setup, save_folders, save_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_reference import arm, curve, prepared_for, train, trial
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, get_linear_schedule_with_warmup
 
+from sweep.adapters.answers import common_task
+from sweep.adapters.peft_format import read_adapter
+from sweep.adapters.serve import load_serving_base
 from sweep.study.arms import Arm, full_arm
 from sweep.study.errors import FieldError
 from sweep.study.records import Prepared, Setup, TrialSpec
@@ -191,3 +195,32 @@ def test_bfloat16_takes_images_too(one: Arm, tmp_path: Path) -> None:
     )
     np.testing.assert_allclose(rounded, exact, rtol=0.05)
     assert rounded != exact
+
+
+def test_adapters_for_images_answer_in_one_batch_as_in_peft_and_answer_no_texts(tmp_path: Path) -> None:
+    place = save_model("resnet", tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(place).eval()
+    names = ("a", "b")
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2 + seed, target_modules=["convolution"], modules_to_save=["classifier"])
+        model = get_peft_model(copy.deepcopy(base), config)
+        for key, p in model.named_parameters():
+            if ".lora_" in key or ".modules_to_save." in key:
+                torch.nn.init.normal_(p, std=0.3)
+        model.save_pretrained(tmp_path / name)
+    serving = load_serving_base(str(place), "image-classification", ("x", "y"), attention="eager")
+    pixels = torch.randn(4, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = [base(pixels).logits]
+        for name in names:
+            serving.add(name, tmp_path / name)
+            peft = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / name)).eval()
+            expected.append(peft(pixels).logits)
+    rows = ["b", None, "a", "b"]
+    wanted = torch.stack([expected[[None, *names].index(name)][i] for i, name in enumerate(rows)])
+    torch.testing.assert_close(serving.logits({"pixel_values": pixels}, rows), wanted, atol=3e-5, rtol=1e-5)
+
+    (tmp_path / "a" / "sweep.json").write_text('{"task": "image-classification"}')
+    with pytest.raises(FieldError, match="answers no text"):
+        common_task([read_adapter(tmp_path / "a")])

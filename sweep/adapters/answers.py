@@ -17,7 +17,7 @@ from sweep.adapters.serve import ServingBase
 from sweep.study.errors import FieldError
 from sweep.training.base import HEAD_NAMES
 from sweep.training.locate import quiet
-from sweep.training.tasks import CAUSAL_LM, CLASSIFICATION, EVAL_LOGITS, EVAL_TOKENS
+from sweep.training.tasks import CAUSAL_LM, CLASSIFICATION, EVAL_LOGITS, EVAL_TOKENS, IMAGES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ class Answer:
 
 def common_task(adapters: Sequence[PeftAdapter]) -> str:
     """The task that all the adapters are for. Raises FieldError where there is none."""
+    if any(adapter.task == IMAGES for adapter in adapters):
+        raise FieldError(("ADAPTER", "an adapter for images answers no text; `load_serving_base` serves it in Python"))
     kinds = {adapter.task_type or (CLASSIFIER if _outputs(adapter) else LANGUAGE_MODEL) for adapter in adapters}
     if len(kinds) > 1 or not kinds <= TASKS.keys():
         raise FieldError(("ADAPTER", f"task types {', '.join(sorted(kinds))}: ask adapters of one task, {or_(TASKS)}"))

@@ -288,6 +288,7 @@ def _provenance(study: Study, prepared: Prepared, trial: TrialRecord, merge: boo
     return {
         "sweep": __version__,
         "study": study.name,
+        "task": study.task,
         "trial": spec.number,
         "arm": spec.arm.name,
         "learning_rate": spec.learning_rate,

@@ -90,6 +90,7 @@ class PeftAdapter:
     task_type: str | None = None
     base_model: str | None = None
     labels: tuple[str, ...] = ()  # where they are known: what we wrote tells them
+    task: str | None = None  # the same
     embeddings: State = field(default_factory=dict)  # the base's own, by module, which PEFT saves beside adapted ones
     settings: Settings | None = None  # as they were read or asked for; None: made from ranks and alphas
 
@@ -141,6 +142,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
         found = next(state[name].shape[0] for name in names if name.endswith(("lora_A.weight", "embedding_A")))
         if found != ranks[module]:
             _refuse(folder, CONFIG, f"r: {ranks[module]} for {module}, whose tensors have rank {found}")
+    ours = _read_json(folder, MARK) if (folder / MARK).exists() else {}
     return PeftAdapter(
         method=method,
         ranks=ranks,
@@ -152,7 +154,8 @@ def read_adapter(folder: Path) -> PeftAdapter:
         modules_to_save=to_save,
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path") or None,
-        labels=tuple(_read_json(folder, MARK).get("labels", ())) if (folder / MARK).exists() else (),
+        labels=tuple(ours.get("labels", ())),
+        task=ours.get("task"),
         embeddings=embeddings,
         settings=settings,
     )

@@ -25,6 +25,7 @@ from sweep.lora.methods import matrix_shape, refusal
 from sweep.study.errors import FieldError
 from sweep.training.base import Base, load_base
 from sweep.training.locate import load_tokenizer, locate_model
+from sweep.training.tasks import IMAGES
 
 Slots = tuple[str | None, ...]  # the adapter of each slot; None: the base
 
@@ -150,7 +151,7 @@ def load_serving_base(
     labels: of a classifier, whose fresh head has one output each.
     """
     place = locate_model(model)
-    pad_token_id = load_tokenizer(place).pad_token_id
+    pad_token_id = 0 if task == IMAGES else load_tokenizer(place).pad_token_id
     # Not the cached one: two sets of adapters may stand on bases of the same name.
     return ServingBase(load_base.__wrapped__(place, task, tuple(labels), pad_token_id, precision, attention))
 

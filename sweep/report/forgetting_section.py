@@ -36,7 +36,7 @@ def forgetting_section(study: Study, record: StudyRecord, findings: Findings, fi
     return Section(
         "What was forgotten",
         (
-            _what(study, record),
+            _what(study, record) + _none_forgot(study, findings),
             _matched_sentence(study, matched, held_against),
             *_literature(study, findings, matched, held_against),
         ),
@@ -95,6 +95,21 @@ def _what(study: Study, record: StudyRecord) -> str:
         f"on: the loss {how}, over {text.targets:,} tokens. Forgetting is the rise above that loss; below 0 an arm "
         "reads that text better than the base did."
     )
+
+
+def _none_forgot(study: Study, findings: Findings) -> str:
+    """Where an arm reads the source text better than the base did, which forgets less is not the whole question."""
+    measured = [r for r in findings.arms if r.forgetting is not None]
+    better = [r for r in measured if r.forgetting and r.forgetting.high is not None and r.forgetting.high < 0]
+    if not better:
+        return ""
+    if len(better) == len(measured):
+        return (
+            " Here no arm forgot: each ended with a loss on that text shown to be lower than the base's. What training "
+            "taught helped there too, and differences between arms below are of that gain as much as of forgetting."
+        )
+    names = join([arm_title(r.arm, study.list_arms()) for r in better])
+    return f" Shown to read it better at the end than the base did, so not to have forgotten: {names}."
 
 
 def _matched_sentence(study: Study, matched: list[Matched], baseline: Arm | None) -> str:
