@@ -84,6 +84,7 @@ def mix(
     from sweep.adapters.peft_format import read_adapter
 
     given = [_weighted(one) for one in weighted]
+    _keep_inputs([Path(folder) for folder, _ in given], to)
     mixed = mix_parts([Part(folder, read_adapter(Path(folder)), weight) for folder, weight in given], rank)
     write_mixed(mixed, to, {"mixed": [[Path(folder).name, weight] for folder, weight in given], "rank": rank})
     _say_written(mixed.adapter.ranks, to)
@@ -105,6 +106,7 @@ def compress(
     from sweep.adapters.mix import Part, mix, write_mixed
     from sweep.adapters.peft_format import read_adapter
 
+    _keep_inputs([adapter], to)
     mixed = mix([Part(str(adapter), read_adapter(adapter), 1.0)], rank)
     write_mixed(mixed, to, {"compressed": adapter.name, "rank": rank})
     console.console().print(console.losses_table(mixed, rank))
@@ -143,6 +145,11 @@ def latency(
     except LatencyError as error:
         raise Refused(str(error), code=FAILED) from None
     print(*latency_sentences(asked, found), f"`sweep report {asked.name}` writes it with a figure and tables", sep="\n")
+
+
+def _keep_inputs(folders: list[Path], to: Path) -> None:
+    if to.resolve() in {folder.resolve() for folder in folders}:
+        raise Refused(f"--to: {to} is read as well, and would be overwritten; name another folder")
 
 
 def _whole_numbers(option: str, given: str) -> list[int]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from sweep.exits import FAILED, Refused
-from sweep.study.domains import parts_of
+from sweep.study.domains import domain_studies, parts_of
 from sweep.study.home import Home
 from sweep.study.schema import Study
+
+if TYPE_CHECKING:
+    from sweep.tracking.journal import StudyRecord
 
 
 def keep_question(study: Study, home: Home) -> None:
@@ -61,7 +65,7 @@ def publish(study: Study, home: Home, say: Callable[[str], None]) -> list[str]:
     to = Path("reports") / study.name
     found, made = analyse_domains(study, home, say)
     if made or not (to / "report.html").exists():
-        write_domains_report(study, found, to)
+        write_domains_report(study, found, _records(study, home), to)
     return [*lead_sentences(found), f"report:    {to / 'report.html'}"]
 
 
@@ -79,7 +83,13 @@ def report(study: Study, home: Home, to: Path) -> list[str]:
             f"(its parts have reports of their own: {names})",
             code=FAILED,
         )
-    return [*write_domains_report(study, found, to), f"report: {to / 'report.html'}"]
+    return [*write_domains_report(study, found, _records(study, home), to), f"report: {to / 'report.html'}"]
+
+
+def _records(study: Study, home: Home) -> dict[str, StudyRecord]:
+    from sweep.tracking.journal import read_study_record
+
+    return {domain: read_study_record(home.study(part.name)) for domain, part in domain_studies(study).items()}
 
 
 def refuse_whole(study: Study) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -110,3 +111,27 @@ def test_mix_and_compress_write_adapters_that_peft_loads_and_say_what_is_lost(
     assert in_peft("llama", small=tmp_path / "small")
     assert here(monkeypatch, "mix", str(language["a"]), "nowhere:2", "--to", "sum") == 2
     assert "nowhere/adapter_config.json: there is no such file" in capsys.readouterr().err
+    for words in (["mix", "sum:2", str(language["a"])], ["compress", "./sum", "--rank", "1"]):
+        assert here(monkeypatch, *words, "--to", "sum") == 2
+        assert "--to: sum is read as well" in capsys.readouterr().err
+    torch.testing.assert_close(logits_in_peft(in_peft("llama", sum=tmp_path / "sum"), inputs), expected)
+
+
+def test_an_empty_text_is_refused_before_anything_is_answered(
+    language: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here(monkeypatch, "adapters", str(language["a"]), "--text", TEXTS[0], "--text", "") == 2
+    assert "--text: one is empty" in capsys.readouterr().err
+
+
+def test_a_base_that_came_with_its_adapter_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = on_disk("llama", tmp_path, a={"r": 2, "target_modules": ["q_proj"]})
+    config = folders["a"] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "base"}))
+    shutil.copytree(tmp_path / "base", folders["a"] / "base")
+    shutil.rmtree(tmp_path / "base")
+    assert here(monkeypatch, "adapters", str(folders["a"]), "--text", TEXTS[0]) == 0
+    best = int(logits_in_peft(in_peft("llama", a=folders["a"]), in_words(TEXTS[0]))[0, -1].argmax())
+    assert re.search(rf"a +'w{best}' ", capsys.readouterr().out)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from commands import sweep
 from fakes import probe
+from journals import STEPS, ask, measure, start_journal
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from scipy import stats
 from test_study_file import problems_of
@@ -32,10 +33,10 @@ from sweep.report.domains_report import write_domains_report
 from sweep.study.domains import domain_studies, parts_of
 from sweep.study.file import read_study
 from sweep.study.home import Home
-from sweep.study.records import CONFIRM
-from sweep.study.schema import Study
+from sweep.study.records import COMPLETE, CONFIRM, SEARCH
+from sweep.study.schema import Study, rate_values
 from sweep.tracking.analyses import read_analysis
-from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
+from sweep.tracking.journal import StudyRecord, TrialRecord, append_end, append_rung, read_study_record
 from sweep.training.checkpoint import load_weights
 from sweep.training.data import load_data
 from sweep.training.locate import locate_model
@@ -268,7 +269,7 @@ def test_adapters_off_are_seen_to_leave_the_base_as_it_was_or_not(ran: Path, mon
     found = compare_domains(domain_studies(study), records_of(ran), Home(ran / "home").cache, lambda line: None)
     module.load_base.cache_clear()
     assert found["off_equals_base"] is False
-    write_domains_report(study, found, ran / "damaged")
+    write_domains_report(study, found, records_of(ran), ran / "damaged")
     assert "NOT the base bit for bit" in (ran / "damaged" / "report.md").read_text()
 
 
@@ -318,6 +319,11 @@ SHOWN = {
 }
 
 
+def not_run(study: Study, home: Path) -> dict[str, StudyRecord]:
+    """Parts whose journals are empty."""
+    return {domain: read_study_record(Home(home).study(part.name)) for domain, part in domain_studies(study).items()}
+
+
 def test_findings_are_those_that_scipy_gives_by_hand() -> None:
     found = made_up(SHOWN)
 
@@ -342,7 +348,7 @@ def test_findings_are_those_that_scipy_gives_by_hand() -> None:
 
 def test_report_says_what_is_shown_what_is_not_and_what_contradicts_the_literature(tmp_path: Path) -> None:
     study = read_study(LANGUAGES).study
-    lead = write_domains_report(study, made_up(SHOWN), tmp_path / "one")
+    lead = write_domains_report(study, made_up(SHOWN), not_run(study, tmp_path), tmp_path / "one")
     text = (tmp_path / "one" / "report.md").read_text()
     assert "Every domain's own adapter is shown to lower its test loss" in lead[0]
     assert "fr is shown to cost (+0.060, +0.035 to +0.085); de is not shown to cost or to help" in lead[1]
@@ -351,11 +357,28 @@ def test_report_says_what_is_shown_what_is_not_and_what_contradicts_the_literatu
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 + 24 * 3 and [row["adapter"] for row in rows[:3]] == ["none"] * 3
     flat = {**SHOWN, "de>de": {2: [-0.50, -0.51, -0.55], 64: [-0.40, -0.41, -0.44]}, "fr>fr": {64: [0.1, 0.2, -0.3]}}
-    lead = write_domains_report(study, made_up(flat), tmp_path / "other")
+    lead = write_domains_report(study, made_up(flat), not_run(study, tmp_path), tmp_path / "other")
     text = (tmp_path / "other" / "report.md").read_text()
     assert "is shown to lower the test loss of en and de alone" in lead[0]
     assert "which contradicts it" in text and "on fr there was no gain to keep on every seed" in text
     assert "nan" not in text.split("<details>")[0].lower().split()
+
+
+def test_a_part_whose_best_rate_is_on_an_edge_is_named_in_the_report(tmp_path: Path) -> None:
+    study = read_study(LANGUAGES).study
+    parts = domain_studies(study)
+    folder = start_journal(Home(tmp_path), parts["fr"])
+    for arm in parts["fr"].list_arms():
+        for rate in rate_values(parts["fr"].rates(arm)):
+            spec = ask(folder, arm, rate, study.search.seed, SEARCH)
+            found = measure(spec, 0, STEPS)  # the highest rate is the best at rank 8, a middle one elsewhere
+            loss = abs(math.log(rate / (3.0e-2 if arm.r == 8 else 1.0e-2)))
+            append_rung(spec, replace(found, stop=study.train.steps, eval_loss=1 + loss))
+            append_end(spec, COMPLETE)
+    write_domains_report(study, made_up(SHOWN), not_run(study, tmp_path), tmp_path / "report")
+    for name in ("report.md", "report.html"):
+        told = [line for line in (tmp_path / "report" / name).read_text().splitlines() if "on the upper edge" in line]
+        assert len(told) == 1 and "languages-fr: r8-ratio1: the best learning rate, 0.03," in told[0].replace("\\", "")
 
 
 def test_evaluation_rows_are_capped_by_the_split_seed_and_training_rows_are_not(tmp_path: Path) -> None:

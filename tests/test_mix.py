@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,12 @@ def test_what_does_not_mix_is_refused_with_the_reason(tmp_path: Path) -> None:
     refused = [
         ([Part("a", a, 1), Part("d", dora, 1)], "d: is DoRA: its magnitudes rescale"),
         ([Part("a", replace(a, base_model="one"), 1), Part("b", replace(b, base_model="two"), 1)], "different bases"),
+        (
+            [Part("a", replace(a, model_fingerprint="x"), 1), Part("b", replace(b, model_fingerprint="y"), 1)],
+            "different bases",
+        ),
         ([Part("a", a, 1), Part("b", replace(b, task_type="CAUSAL_LM"), 1)], "different tasks"),
+        ([Part("a", replace(a, task="one"), 1), Part("b", replace(b, task="two"), 1)], "different tasks"),
         (
             [Part("a", replace(a, labels=("x", "y", "z")), 1), Part("b", replace(b, labels=("z", "y", "x")), 1)],
             "classes",
@@ -159,6 +165,33 @@ def test_what_does_not_mix_is_refused_with_the_reason(tmp_path: Path) -> None:
     for parts, message in refused:
         with pytest.raises(FieldError, match=message):
             mix(parts)
+
+
+def test_labels_task_and_the_base_that_came_along_go_with_a_mixture(tmp_path: Path) -> None:
+    bert(tmp_path, 1)
+    folder = tmp_path / "1"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    told = {"labels": ["x", "y", "z"], "task": "sequence-classification", "model_fingerprint": "abc"}
+    (folder / "sweep.json").write_text(json.dumps(told))
+    mixed = mix([Part("a", read_adapter(folder), 0.5)])
+    write_mixed(mixed, tmp_path / "ours", {"mixed": [["a", 0.5]]})
+    assert json.loads((tmp_path / "ours" / "sweep.json").read_text()).items() >= told.items()
+    again = read_adapter(tmp_path / "ours")
+    assert again.own_base == tmp_path / "ours" / "base" and (again.own_base / "config.json").read_text() == "{}"
+
+
+def test_the_export_of_a_trial_is_not_overwritten_but_another_mixture_is(tmp_path: Path) -> None:
+    mixed, to = mix([Part("a", bert(tmp_path, 1), 1.0)]), tmp_path / "ours"
+    for weight in (1.0, 2.0):
+        write_mixed(mixed, to, {"mixed": [["a", weight]]})
+    assert json.loads((to / "sweep.json").read_text())["mixed"] == [["a", 2.0]]
+    (to / "sweep.json").write_text('{"trial": 3}')
+    with pytest.raises(FieldError, match="adapter of a trial"):
+        write_mixed(mixed, to, {})
+    assert (to / "sweep.json").read_text() == '{"trial": 3}'
 
 
 def test_other_files_are_not_overwritten(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from peft_folders import in_peft, inputs_of, logits_in_peft, write_with_peft
 from random_models import FAMILIES, frozen_model
 from safetensors.torch import load_file, save_file
 
-from sweep.adapters.peft_format import read_adapter, write_adapter
+from sweep.adapters.folders import write_adapter
+from sweep.adapters.peft_format import read_adapter, same_base
 from sweep.adapters.serve import ServingBase
 from sweep.study.errors import FieldError
 from sweep.training.base import Base
@@ -108,13 +110,57 @@ def edited(folder: Path, **config: Any) -> Path:
         ("something_of_next_year", 3),
         ("r", 5),
         ("r", "4"),
+        ("r", 0),
+        ("lora_alpha", None),
+        ("rank_pattern.q_proj", {"q_proj": "2"}),
+        ("alpha_pattern", ["q_proj"]),
+        ("modules_to_save", "lm_head"),
     ],
 )
 def test_what_cannot_be_held_exactly_is_refused_by_its_key(key: str, value: Any, tmp_path: Path) -> None:
     family, settings = KINDS["plain"]
-    edited(write_with_peft(family, tmp_path, **settings), **{key: value})
-    with pytest.raises(FieldError, match=rf"adapter_config.json: {key}"):
+    edited(write_with_peft(family, tmp_path, **settings), **{key.split(".")[0]: value})
+    with pytest.raises(FieldError, match=rf"adapter_config.json: {re.escape(key)}"):
         read_adapter(tmp_path)
+
+
+def test_what_cannot_be_read_is_refused_with_its_file(tmp_path: Path) -> None:
+    family, settings = KINDS["plain"]
+    folder = write_with_peft(family, tmp_path, **settings)
+    edited(folder, rank_pattern={"q_proj(": 4})
+    with pytest.raises(FieldError, match=r"adapter_config.json: 'q_proj\(' is no pattern"):
+        read_adapter(folder)
+    edited(folder, rank_pattern={})
+    (folder / "sweep.json").write_text('{"labels": "sport"}')
+    with pytest.raises(FieldError, match=r"sweep\.json: labels"):
+        read_adapter(folder)
+    (folder / "sweep.json").unlink()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    first = next(name for name in tensors if "lora_B" in name)
+    wide = {**tensors, first: torch.cat([tensors[first], tensors[first]], dim=1)}
+    save_file(wide, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        FieldError, match=r"r: 4 for model\.layers\.0\.self_attn\.q_proj, whose tensors have rank 4 and 8"
+    ):
+        read_adapter(folder)
+
+
+def test_lora_that_goes_with_a_prefix_is_refused_rather_than_read_by_half(tmp_path: Path) -> None:
+    family, settings = KINDS["plain"]
+    folder = write_with_peft(family, tmp_path, **settings)
+    (folder / "prefix").mkdir()
+    (folder / "prefix" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    with pytest.raises(FieldError, match="prefix: a prefix goes with this adapter"):
+        read_adapter(folder)
+
+
+def test_bases_are_the_same_by_fingerprint_and_else_by_name(tmp_path: Path) -> None:
+    found = read_adapter(write_with_peft("llama", tmp_path, r=2, target_modules=["q_proj"]))
+    here, there = replace(found, base_model="here"), replace(found, base_model="there")
+    assert same_base(here, here) and not same_base(here, there)
+    assert same_base(replace(here, model_fingerprint="one"), replace(there, model_fingerprint="one"))
+    assert not same_base(replace(here, model_fingerprint="one"), replace(here, model_fingerprint="two"))
+    assert same_base(replace(here, model_fingerprint="one"), here)
 
 
 def test_another_kind_of_adapter_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sweep.adapters.peft_format import CLASSIFIER, LANGUAGE_MODEL, PeftAdapter
+from sweep.adapters.peft_format import CLASSIFIER, LANGUAGE_MODEL, PeftAdapter, same_base
 from sweep.adapters.serve import ServingBase
 from sweep.study.errors import FieldError
 from sweep.training.base import HEAD_NAMES
@@ -46,12 +46,15 @@ def common_task(adapters: Sequence[PeftAdapter]) -> str:
 
 
 def common_base(adapters: Sequence[PeftAdapter]) -> str:
-    """The base that all the adapters name. Raises FieldError where they differ, or name none."""
-    names = {adapter.base_model for adapter in adapters if adapter.base_model}
-    if len(names) != 1:
-        found = f"they name {', '.join(sorted(names))}" if names else "they name none"
+    """The base that all the adapters name, or that came with them. Raises FieldError where they differ or name none."""
+    named = [adapter for adapter in adapters if adapter.base_model]
+    if not named or not all(same_base(named[0], other) for other in named):
+        names = sorted({adapter.base_model for adapter in named if adapter.base_model})
+        found = "they name none" if not names else "they name " + ", ".join(names)
+        found += ", which are different models" if len(names) == 1 else ""
         raise FieldError(("--base", f"say which base the adapters stand on: {found}"))
-    return names.pop()
+    own = next((adapter.own_base for adapter in named if adapter.own_base), None)
+    return str(own or named[0].base_model)
 
 
 def common_labels(adapters: Sequence[PeftAdapter]) -> tuple[str, ...]:
@@ -82,6 +85,8 @@ def answer(
     tokens = EVAL_TOKENS if task == CLASSIFICATION else min(EVAL_TOKENS, EVAL_LOGITS // config.vocab_size)
     with quiet():
         lengths = [len(ids) for ids in tokenizer([text for text, _ in asked])["input_ids"]]
+    if not min(lengths):
+        raise FieldError(("--text", "one is empty: the model needs a token to answer"))
     per_pass = max(1, tokens // min(longest, max(lengths)))
     for at in range(0, len(asked), per_pass):
         part = asked[at : at + per_pass]
@@ -118,8 +123,6 @@ def _class(text: str, adapter: str | None, logits_C: Tensor, labels: Sequence[st
 def _continuation(
     text: str, adapter: str | None, logits_TV: Tensor, ids_T: Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> Answer:
-    if not len(ids_T):
-        raise FieldError(("--text", "is empty: a language model needs a token to go on from"))
     loss = float(cross_entropy(logits_TV[:-1], ids_T[1:])) if len(ids_T) > 1 else None
     probability_V = logits_TV[-1].softmax(-1)
     best = int(probability_V.argmax())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from sweep.adapters.prompt import SUBFOLDER
+from sweep.adapters.peft_format import BASE, SUBFOLDER
 from sweep.report.words import BITS, plural
 from sweep.study.arms import pattern_text
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.locate import PACKAGE, locate_model
-
-BASE = "base"  # the folder of an export that holds the base model, where the study made it
 
 
 def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: bool, evidence: str) -> str:

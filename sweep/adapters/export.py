@@ -18,19 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sweep import __version__
-from sweep.adapters.card import BASE, model_card
+from sweep.adapters.card import model_card
+from sweep.adapters.folders import holds_other_files, whole_folder, write_adapter
 from sweep.adapters.merge import as_plain_lora, merged_weight
-from sweep.adapters.peft_format import (
-    CLASSIFIER,
-    LANGUAGE_MODEL,
-    MARK,
-    PeftAdapter,
-    Settings,
-    holds_other_files,
-    whole_folder,
-    write_adapter,
-)
-from sweep.adapters.prompt import SUBFOLDER, write_prompt
+from sweep.adapters.peft_format import BASE, CLASSIFIER, LANGUAGE_MODEL, MARK, SUBFOLDER, PeftAdapter, Settings
+from sweep.adapters.prompt import write_prompt
 from sweep.lora.adapter import adaptable_modules, install, remove
 from sweep.lora.methods import is_conv1d
 from sweep.lora.prefix import PROMPT

@@ -6,7 +6,6 @@ leading singular parts are the nearest update of a smaller rank (Eckart and Youn
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sweep import __version__
-from sweep.adapters.peft_format import MARK, PeftAdapter, holds_other_files, whole_folder, write_adapter
+from sweep.adapters.folders import save_adapter
+from sweep.adapters.peft_format import PeftAdapter, same_base
 from sweep.lora.lowrank import factors, lost_share, update_parts, weighted_sum
 from sweep.lora.methods import DORA, State
 from sweep.study.errors import FieldError
@@ -81,6 +80,7 @@ def mix(parts: Sequence[Part], rank: int | None = None) -> Mixed:
         state[A_name], state[B_name] = A.view(len(A), *shape_A[1:]), B.view(shape_B[0], len(A), *shape_B[2:])
     heads, notes = _average_heads(parts)
     labels: tuple[str, ...] = next((part.adapter.labels for part in parts if part.adapter.labels), ())
+    known = [part.adapter for part in parts if part.adapter.model_fingerprint]
     first = parts[0].adapter
     mixed = PeftAdapter(
         method="lora",
@@ -93,19 +93,17 @@ def mix(parts: Sequence[Part], rank: int | None = None) -> Mixed:
         task_type=first.task_type,
         base_model=first.base_model,
         labels=labels,
+        task=next((part.adapter.task for part in parts if part.adapter.task), None),
+        model_fingerprint=known[0].model_fingerprint if known else None,
+        own_base=next((part.adapter.own_base for part in parts if part.adapter.own_base), None),
         embeddings={name: t for part in parts for name, t in part.adapter.embeddings.items()},
     )
     return Mixed(mixed, spectra, notes)
 
 
 def write_mixed(mixed: Mixed, to: Path, made_by: dict[str, Any]) -> None:
-    """Write it in PEFT's format. made_by: what `sweep.json` tells of it. Raises FieldError where `to` is not ours."""
-    if holds_other_files(to):
-        raise FieldError(("--to", f"{to} holds other files; name a new folder"))
-    with whole_folder(to) as half:
-        write_adapter(mixed.adapter, half, list(mixed.adapter.ranks))
-        told = {"sweep": __version__, **made_by, "labels": list(mixed.adapter.labels)}
-        (half / MARK).write_text(json.dumps(told, indent=1))
+    """Write it in PEFT's format. made_by: what `sweep.json` tells of it. Raises FieldError as `save_adapter` does."""
+    save_adapter(mixed.adapter, to, list(mixed.adapter.ranks), made_by)
 
 
 def _check(parts: Sequence[Part]) -> None:
@@ -113,16 +111,28 @@ def _check(parts: Sequence[Part]) -> None:
         if part.adapter.method == DORA:
             why = "its magnitudes rescale every row of the base's weights, so its change to them is no low-rank update"
             raise FieldError((part.name, f"is DoRA: {why}; merge it into a model instead"))
-    for kind, of in (("base", "base_model"), ("task", "task_type")):
+    first, *others = parts
+    for other in others:
+        if not same_base(first.adapter, other.adapter):
+            said = ", ".join(f"{part.name} {_called(part.adapter)}" for part in (first, other))
+            raise FieldError(("ADAPTER", f"adapters of different bases do not mix: {said}"))
+    for of in ("task_type", "task"):
         values = {getattr(part.adapter, of): part.name for part in parts}
+        values = values if of == "task_type" else {task: name for task, name in values.items() if task}
         if len(values) > 1:
             said = ", ".join(f"{name} {value}" for value, name in values.items())
-            raise FieldError(("ADAPTER", f"adapters of different {kind}s do not mix: {said}"))
+            raise FieldError(("ADAPTER", f"adapters of different tasks do not mix: {said}"))
     adapted = {module: part.name for part in parts for module in part.adapter.ranks}
     for part in parts:
         for layer in part.adapter.saved:
             if layer in adapted:
                 raise FieldError((part.name, f"replaces {layer}, which {adapted[layer]} adapts: they do not mix"))
+
+
+def _called(adapter: PeftAdapter) -> str:
+    """The base, with its fingerprint: two bases may have one name."""
+    mark = f" ({adapter.model_fingerprint})" if adapter.model_fingerprint else ""
+    return f"{adapter.base_model or 'an unnamed base'}{mark}"
 
 
 def _average_heads(parts: Sequence[Part]) -> tuple[State, tuple[str, ...]]:

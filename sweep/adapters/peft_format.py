@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, ours or anyone's: read into a record, and written. Safetensors and JSON, never pickle.
+"""Adapters in PEFT's format, ours or anyone's, read into a record. Safetensors and JSON, never pickle.
 
 What a folder says and the record cannot hold exactly is refused, with the key that says it.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sweep.lora.methods import DORA, State
@@ -28,23 +25,10 @@ from sweep.study.errors import FieldError
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MARK = "sweep.json"  # tells what we wrote from a folder that must not be overwritten
 PREFIX = "base_model.model."
+BASE = "base"  # the folder below an adapter's that holds its base, where a study made that
+SUBFOLDER = "prefix"  # of a LoRA adapter's folder: PEFT has no adapter that is both
 CLASSIFIER, LANGUAGE_MODEL = "SEQ_CLS", "CAUSAL_LM"  # PEFT's task types that have a task here
 EMBEDDING_BASE = ".base_layer.weight"  # PEFT saves the base's own embeddings along where they are adapted
-READ = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "task_type",
-    "base_model_name_or_path",
-    "init_lora_weights",
-}
 # What tells how an adapter was trained, or what the tensors' own names tell.
 OF_NO_EFFECT = {
     "auto_mapping",
@@ -61,8 +45,42 @@ OF_NO_EFFECT = {
     "revision",
     "target_modules",
 }
-LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that change no base weight
+LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that change no base weight
+_A, _B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
 _TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)")
+
+
+class _Config(BaseModel):
+    """What is read of adapter_config.json; null stands for PEFT's own default."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    peft_type: str | None = None
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: Annotated[float, Field(allow_inf_nan=False)]
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    bias: str | None = None
+    fan_in_fan_out: bool | None = None
+    modules_to_save: list[str] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    init_lora_weights: bool | str | None = True
+
+
+class _Mark(BaseModel):
+    """What is read of the file that we leave beside an adapter."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    labels: list[str] = []
+    task: str | None = None
+    model_fingerprint: str | None = None
+
+
+Form = TypeVar("Form", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,8 @@ class PeftAdapter:
     base_model: str | None = None
     labels: tuple[str, ...] = ()  # where they are known: what we wrote tells them
     task: str | None = None  # the same
+    model_fingerprint: str | None = None  # of the base; the same
+    own_base: Path | None = None  # the base that came with the adapter, where nobody else has it
     embeddings: State = field(default_factory=dict)  # the base's own, by module, which PEFT saves beside adapted ones
     settings: Settings | None = None  # as they were read or asked for; None: made from ranks and alphas
 
@@ -110,11 +130,24 @@ class PeftAdapter:
         return sum(tensor.numel() for tensor in self.state.values())
 
 
+def same_base(one: PeftAdapter, other: PeftAdapter) -> bool:
+    """By the bases' fingerprints where both are known, else by the names that the configurations give them."""
+    if one.model_fingerprint and other.model_fingerprint:
+        return one.model_fingerprint == other.model_fingerprint
+    return one.base_model == other.base_model
+
+
 def read_adapter(folder: Path) -> PeftAdapter:
     """Read a folder that PEFT or `sweep export` wrote. Raises FieldError, naming the file and the key."""
-    config = _read_json(folder, CONFIG)
+    written = _read_json(folder, CONFIG)
+    if (folder / SUBFOLDER / CONFIG).exists():
+        _refuse(
+            folder, SUBFOLDER, "a prefix goes with this adapter; load both with PEFT, as the folder's README.md says"
+        )
+    method = _check_config(folder, written)
+    config = _valid(folder, CONFIG, written, _Config)
+    ours = _valid(folder, MARK, _read_json(folder, MARK) if (folder / MARK).exists() else {}, _Mark)
     tensors = _read_tensors(folder)
-    method = _check_config(folder, config)
     state: State = {}
     embeddings: State = {}
     others: dict[str, Tensor] = {}
@@ -133,101 +166,71 @@ def read_adapter(folder: Path) -> PeftAdapter:
         else:
             others[name] = tensor.float()
     modules = _modules(folder, state, method)
-    to_save = tuple(config.get("modules_to_save") or ())
-    settings = Settings(
-        config["r"], config["lora_alpha"], config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    )
+    to_save = tuple(config.modules_to_save or ())
+    settings = Settings(config.r, config.lora_alpha, config.rank_pattern or {}, config.alpha_pattern or {})
+    for key in (*settings.rank_pattern, *settings.alpha_pattern):
+        _check_pattern(folder, key)
     ranks = {m: _of_module(settings.rank_pattern, m, settings.r) for m in modules}
     for module, names in modules.items():
-        found = next(state[name].shape[0] for name in names if name.endswith(("lora_A.weight", "embedding_A")))
-        if found != ranks[module]:
+        A, B = (next(state[name] for name in names if name.endswith(ends)) for ends in (_A, _B))
+        if A.dim() < 2 or B.dim() < 2:
+            _refuse(folder, TENSORS, f"{module}: A and B are matrices, or kernels")
+        if {A.shape[0], B.shape[1]} != {ranks[module]}:
+            found = " and ".join(map(str, sorted({A.shape[0], B.shape[1]})))
             _refuse(folder, CONFIG, f"r: {ranks[module]} for {module}, whose tensors have rank {found}")
-    ours = _read_json(folder, MARK) if (folder / MARK).exists() else {}
+    base_model = config.base_model_name_or_path or None
+    own_base = folder / BASE
     return PeftAdapter(
         method=method,
         ranks=ranks,
         alphas={m: _of_module(settings.alpha_pattern, m, settings.lora_alpha) for m in modules},
         state={**state, **others},
-        use_rslora=bool(config.get("use_rslora")),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        use_rslora=bool(config.use_rslora),
+        fan_in_fan_out=bool(config.fan_in_fan_out),
         saved=_saved_layers(folder, others, to_save),
         modules_to_save=to_save,
-        task_type=config.get("task_type"),
-        base_model=config.get("base_model_name_or_path") or None,
-        labels=tuple(ours.get("labels", ())),
-        task=ours.get("task"),
+        task_type=config.task_type,
+        base_model=base_model,
+        labels=tuple(ours.labels),
+        task=ours.task,
+        model_fingerprint=ours.model_fingerprint,
+        own_base=own_base if base_model == BASE and own_base.is_dir() else None,
         embeddings=embeddings,
         settings=settings,
     )
-
-
-def write_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str], dropout: float = 0.0) -> None:
-    """Write configuration and tensors into a folder: PEFT's own LoraConfig writes the first, so that no key is missing.
-
-    target_modules: endings that name exactly the adapted modules, or their full names.
-    """
-    from peft import LoraConfig
-
-    settings = adapter.settings or _settings(adapter)
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=_whole(settings.lora_alpha),
-        target_modules=sorted(target_modules),
-        task_type=adapter.task_type,
-        base_model_name_or_path=adapter.base_model,
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.method == DORA,
-        fan_in_fan_out=adapter.fan_in_fan_out,
-        lora_dropout=dropout,
-        modules_to_save=list(adapter.modules_to_save) or None,
-        rank_pattern=dict(settings.rank_pattern),
-        alpha_pattern={key: _whole(alpha) for key, alpha in settings.alpha_pattern.items()},
-        inference_mode=True,
-    )
-    config.save_pretrained(str(to))
-    named = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.state.items()}
-    named |= {f"{PREFIX}{module}{EMBEDDING_BASE}": t.contiguous() for module, t in adapter.embeddings.items()}
-    save_file(named, to / TENSORS, metadata={"format": "pt"})
-
-
-def holds_other_files(to: Path) -> bool:
-    """Whether something lies there that we did not write."""
-    return to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / MARK).exists()))
-
-
-@contextmanager
-def whole_folder(to: Path) -> Iterator[Path]:
-    """A folder beside `to` to write into; it takes that place once the block ends, and is gone where it raises."""
-    half = to.parent / f".tmp-{to.name}-{os.getpid()}"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    try:
-        yield half
-        for file in (path for path in half.rglob("*") if path.is_file()):
-            file.chmod(0o644)  # safetensors writes for the owner alone
-        shutil.rmtree(to, ignore_errors=True)
-        os.replace(half, to)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> str:
     """The method. Refuses whatever has an effect that the record cannot hold."""
     if config.get("peft_type") != "LORA":
         _refuse(folder, CONFIG, f"peft_type: {config.get('peft_type')!r}; only LORA adapters are read")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or isinstance(config[key], bool):
-            _refuse(folder, CONFIG, f"{key}: {config.get(key)!r} is not a number")
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in (None, "none"):
         _refuse(folder, CONFIG, f"bias: {config['bias']!r} trains the base's biases too; only none is read")
     init = config.get("init_lora_weights", True)
-    if init not in LEAVE_THE_BASE:
+    if init not in (None, *LEAVE_THE_BASE):
         why = "changes the base as PEFT loads it; save it with path_initial_model_for_weight_conversion"
         _refuse(folder, CONFIG, f"init_lora_weights: {init!r} {why}")
     for key, value in config.items():
-        if key not in READ | OF_NO_EFFECT and value not in (None, False, {}, []):
+        if key not in _Config.model_fields.keys() | OF_NO_EFFECT and value not in (None, False, {}, []):
             _refuse(folder, CONFIG, f"{key}: {json.dumps(value)[:60]} is not known here, so its outputs would differ")
     return DORA if config.get("use_dora") else "lora"
+
+
+def _valid(folder: Path, name: str, found: Mapping[str, Any], form: type[Form]) -> Form:
+    try:
+        return form.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        given = json.dumps(first["input"], default=str)[:60]
+        what = "is missing" if first["type"] == "missing" else f"{given}: {first['msg'].lower()}"
+        _refuse(folder, name, f"{'.'.join(map(str, first['loc']))}: {what}")
+
+
+def _check_pattern(folder: Path, key: str) -> None:
+    try:
+        re.compile(key)
+    except re.error as error:
+        _refuse(folder, CONFIG, f"{key!r} is no pattern: {error}")
 
 
 def _modules(folder: Path, state: State, method: str) -> dict[str, list[str]]:
@@ -262,22 +265,6 @@ def _of_module(pattern: Mapping[str, Any], module: str, common: Any) -> Any:
     """A module's own rank or alpha, as PEFT finds it."""
     key = pattern_key(tuple(pattern.items()), module)
     return common if key is None else pattern[key]
-
-
-def _settings(adapter: PeftAdapter) -> Settings:
-    """The most common rank and alpha, and a pattern for every module that has another: one that fits it alone."""
-    r = Counter(adapter.ranks.values()).most_common(1)[0][0]
-    alpha = Counter(adapter.alphas.values()).most_common(1)[0][0]
-    return Settings(
-        r,
-        alpha,
-        {f"^{re.escape(module)}": other for module, other in adapter.ranks.items() if other != r},
-        {f"^{re.escape(module)}": other for module, other in adapter.alphas.items() if other != alpha},
-    )
-
-
-def _whole(alpha: float) -> Any:
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

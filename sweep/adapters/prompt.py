@@ -11,8 +11,6 @@ from sweep.lora.methods import State
 from sweep.lora.prefix import PROMPT
 from sweep.training.base import Base
 
-SUBFOLDER = "prefix"  # of a LoRA adapter's folder: PEFT has no adapter that is both
-
 
 def write_prompt(base: Base, model: str, saved: list[str] | None, weights: State, to: Path) -> None:
     """PEFT's own PromptTuningConfig writes the config; a head's keys carry the prefix `base_model.`, the prompt's none.

@@ -6,7 +6,6 @@ Shapes: R rows, K slots of g rows each (R = K·g), T tokens, C classes, V vocabu
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweep import __version__
 from sweep.adapters.export import endings
-from sweep.adapters.peft_format import MARK, PeftAdapter, holds_other_files, read_adapter, whole_folder, write_adapter
+from sweep.adapters.folders import save_adapter
+from sweep.adapters.peft_format import PeftAdapter, read_adapter
 from sweep.lora.adapter import Adapter, Pack, adaptable_modules, install, linear_modules, remove
 from sweep.lora.methods import matrix_shape, refusal
 from sweep.study.errors import FieldError
@@ -97,15 +96,11 @@ class ServingBase:
         return found[torch.tensor(order, device=found.device).argsort()]
 
     def save(self, name: str, folder: Path) -> None:
-        """Write an adapter in PEFT's format. Raises FieldError where the folder holds what we did not write."""
+        """Write an adapter in PEFT's format. Raises FieldError as `save_adapter` does."""
         self._known(name)
         adapter = self.adapters[name]
-        if holds_other_files(folder):
-            raise FieldError(("folder", f"{folder} holds other files; name a new folder"))
         self._take_down()  # names of layers are asked of the base as it is
-        with whole_folder(folder) as half:
-            write_adapter(adapter, half, endings(self.base, tuple(adapter.ranks)))
-            (half / MARK).write_text(json.dumps({"sweep": __version__, "labels": list(adapter.labels)}, indent=1))
+        save_adapter(adapter, folder, endings(self.base, tuple(adapter.ranks)), {"saved": name})
 
     def close(self) -> None:
         """Give the base its own layers back, bit for bit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from sweep.report.domains import (
@@ -25,19 +26,21 @@ from sweep.report.domains_figures import domain_losses, gain_by_distance
 from sweep.report.figures import draw
 from sweep.report.intervals import Interval
 from sweep.report.report import page
+from sweep.report.search import edge_warnings, find_edges, search_rows
 from sweep.report.sections import Section
 from sweep.report.tables import Cell, Row, Table, change
 from sweep.report.words import join, number, plural, signed, span
 from sweep.study.domains import domain_studies
 from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord
 
 DECIMALS = 3
 
 
-def write_domains_report(study: Study, found: Found, to: Path) -> tuple[str, ...]:
+def write_domains_report(study: Study, found: Found, records: Mapping[str, StudyRecord], to: Path) -> tuple[str, ...]:
     """Write report.html, report.md, losses.csv and figures/*.png into `to`; returns the leading sentences.
 
-    Raises OSError where it cannot write.
+    records: of the parts, by domain. Raises OSError where it cannot write.
     """
     figures = to / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,7 @@ def write_domains_report(study: Study, found: Found, to: Path) -> tuple[str, ...
             "title": study.question or f"The study {study.name}",
             "lead": lead,
             "sections": sections,
+            "warnings": _warnings(study, records),
             "parts": [part.name for part in domain_studies(study).values()],
             "limits": _limits(study, found),
         },
@@ -184,6 +188,15 @@ def _literature(found: Found) -> str:
         "The LoRA paper (Hu et al. 2021, arXiv 2106.09685, footnote 6 of section 7) expects that a task in another "
         f"language than that of pretraining may need a larger rank, and gives no figures. {verdict}."
     )
+
+
+def _warnings(study: Study, records: Mapping[str, StudyRecord]) -> list[str]:
+    """What casts doubt on how the parts chose their adapters' learning rates."""
+    return [
+        f"{part.name}: {warning}"
+        for domain, part in domain_studies(study).items()
+        for warning in edge_warnings(find_edges(part, search_rows(part, records[domain])))
+    ]
 
 
 def _limits(study: Study, found: Found) -> list[str]:
