@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import signal
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from driving import journal_view, optuna_view, records_of, run, trials_of, undisturbed
-from fakes import make_study
+from fakes import fake_work, make_study, probe, train_rung
 
 from sweep.driver import session, storage, takeup
 from sweep.driver.interrupts import uninterrupted
 from sweep.study.home import Home
+from sweep.study.records import Measurement, Unit
 
 
 class Thing: ...
@@ -73,6 +78,56 @@ def test_an_interrupt_inside_a_write_is_raised_after_it(
     calm = undisturbed(tmp_path / "calm")
     assert journal_view(records_of(home, study)) == journal_view(records_of(calm, study))
     assert optuna_view(trials_of(home, study)) == optuna_view(trials_of(calm, study))
+
+
+class Bytes:
+    """A sequence that is interrupted while torch reads it, as a checkpoint's bytes are when it is loaded."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+
+def test_an_interrupt_that_torch_makes_an_error_of_fails_no_trial_and_no_probe(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="could not determine the shape"):
+        torch.tensor(Bytes())
+    home, study, calls = Home(tmp_path / "home"), make_study(), Counter[str]()
+
+    def interrupted(call: Callable[..., Any], nth: int) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            calls[call.__name__] += 1
+            if calls[call.__name__] == nth:
+                torch.tensor(Bytes())
+            return call(*args)
+
+        return called
+
+    work = replace(fake_work(interrupted(train_rung, 2)), probe=interrupted(probe, 2))
+    for name in ("train_rung", "probe"):
+        with pytest.raises(KeyboardInterrupt):
+            run(home, study, work)
+        assert calls[name] == 2
+    run(home, study, work)
+    calm = undisturbed(tmp_path / "calm")
+    assert journal_view(records_of(home, study)) == journal_view(records_of(calm, study))
+    assert optuna_view(trials_of(home, study)) == optuna_view(trials_of(calm, study))
+
+
+def test_an_interrupt_that_a_callback_swallows_ends_the_study_after_the_rung(tmp_path: Path) -> None:
+    home, study = Home(tmp_path / "home"), make_study()
+
+    def interrupted(unit: Unit) -> tuple[Measurement, ...]:
+        interrupt_in_a_callback(signal.SIGINT)
+        return train_rung(unit)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(home, study, fake_work(interrupted))
+    assert sum(len(record.rungs) for record in records_of(home, study).trials) == 0
+    run(home, study)
+    assert journal_view(records_of(home, study)) == journal_view(records_of(undisturbed(tmp_path / "calm"), study))
 
 
 @pytest.mark.parametrize("depth", [1, 2])

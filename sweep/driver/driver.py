@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group, steps_ahead
+from sweep.driver.interrupts import heed, interruptible
 from sweep.driver.packing import Pack, Ready, at_most, calibration_lines, halves, is_out_of_memory, plan_packs
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
@@ -47,7 +48,7 @@ def run_study(
     the home cannot be written, FieldError where model or data cannot be read or have changed, and what `work.prepare`
     raises about the study. It may be killed at any point, and goes on once the trouble is over.
     """
-    with hold_lock(folder) as lock:
+    with interruptible(), hold_lock(folder) as lock:
         known = read_study_record(folder)
         if known.prepared is not None:  # until then nothing has run, and the question may still be mended
             refuse_other_question(study, folder)
@@ -123,6 +124,7 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
             pack = packs.popleft()
             running[_submit(session, prepared, pack)] = pack
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        heed()  # before an error that an interrupt was turned into counts as a trial's
         for future in finished:
             pack = running.pop(future)
             session.tally.running -= len(pack.slots)
@@ -222,6 +224,7 @@ def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -
         except FieldError:  # data or model are gone; an OSError here may be for good (no /proc)
             raise
         except Exception as error:
+            heed()
             warn(session, f"the cost of {key} could not be measured: {_one_line(error)}")
             continue
         append(session.folder.journal, "cost", cost=to_json(cost))
