@@ -24,10 +24,11 @@ from tiny_texts import save_tiny_llama, write_lines
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sweep import cli
-from sweep.adapters.domains import compare_domains
+from sweep.adapters.domains import Measured, _mixtures, compare_domains
 from sweep.driver.driver import run_study
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.worker import Work
+from sweep.lora.adapter import Adapter
 from sweep.report.domains import bits_per_byte, changes, gain_differences, kept, over_seeds, rank_gain, rank_gain_bits
 from sweep.report.domains_report import write_domains_report
 from sweep.study.domains import domain_studies, parts_of
@@ -140,6 +141,8 @@ def test_every_domain_becomes_a_study_with_its_name_in_place_of_the_placeholder(
         (["data.domains=null"], "data.config: holds {domain}, and data.domains names none"),
         (["data.domains=[en]"], "data.domains: list should have at least 2 items"),
         (["data.domains=[en, en]"], "data.domains: names a domain twice"),
+        (["data.domains=[en, mixed]"], "data.domains: 'mixed' has a meaning in the report: name the domain otherwise"),
+        (["data.domains=[none, fr]"], "data.domains: 'none' has a meaning in the report: name the domain otherwise"),
         (["data.domains=[en, FR]"], "data.domains.1: 'FR': use lower-case letters, digits and dashes only"),
         (["arms.method=[dora]"], "arms.method: with data.domains, adapters are mixed, which is exact for lora, lora+"),
         (["arms.rank_pattern={layers.0.q_proj: 4}"], "arms.rank_pattern: with data.domains"),
@@ -362,6 +365,28 @@ def test_report_says_what_is_shown_what_is_not_and_what_contradicts_the_literatu
     assert "is shown to lower the test loss of en and de alone" in lead[0]
     assert "which contradicts it" in text and "on fr there was no gain to keep on every seed" in text
     assert "nan" not in text.split("<details>")[0].lower().split()
+
+
+def test_of_the_control_and_one_other_domain_nothing_is_mixed(tmp_path: Path) -> None:
+    study = read_study(LANGUAGES, ["data.domains=[en, fr]"]).study
+    one = [Measured("fr", 2, seed, Adapter(2, 1.0, ("q",), {}), "r2", 0.01) for seed in (1, 2)]
+    assert _mixtures(one, ["fr"]) == []
+    found = made_up(SHOWN)
+    pair = {**found, "domains": ["en", "fr"], "losses": [r for r in found["losses"] if r["adapter"] in ("en", "fr")]}
+    lead = write_domains_report(study, pair, not_run(study, tmp_path), tmp_path / "report")
+    assert "fr is shown to cost" in lead[1] and "mixed" not in lead[1]
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Beside the control there is fr alone, so nothing was mixed." in text and "mixture keeps" not in text
+
+
+def test_where_anothers_adapter_helps_the_control_the_report_says_what_that_hides(tmp_path: Path) -> None:
+    study = read_study(LANGUAGES).study
+    hides = "and that hides what was forgotten"
+    lead = write_domains_report(study, made_up(SHOWN), not_run(study, tmp_path), tmp_path / "one")
+    assert hides not in lead[1]
+    helps = {**SHOWN, "fr>en": {64: [-0.15, -0.16, -0.17]}}
+    lead = write_domains_report(study, made_up(helps), not_run(study, tmp_path), tmp_path / "other")
+    assert "fr is shown to help" in lead[1] and hides in lead[1]
 
 
 def test_a_part_whose_best_rate_is_on_an_edge_is_named_in_the_report(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sweep.study.errors import FieldError
 from sweep.training import images
 from sweep.training.data import TokenisedData, load_data
 from sweep.training.locate import ModelPlace, locate_model
+from sweep.training.pictures import Picture, decode
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,16 @@ def test_the_same_pixels_twice_are_one_row_however_they_are_encoded(vit: ModelPl
     data = load(folder, vit, tmp_path / "cache")
     assert data.duplicates_removed == 2
     assert len(np.unique(all_pixels(data).reshape(30, -1), axis=0)) == 30
+
+
+def test_greys_of_16_bits_keep_their_range_and_32_bits_are_refused(tmp_path: Path) -> None:
+    grey_HW = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(grey_HW.astype(np.uint16)).save(tmp_path / "16.png")
+    seen = np.asarray(decode(Picture(tmp_path / "16.png", "16.png")))
+    np.testing.assert_array_equal(seen, np.repeat(np.rint(grey_HW / 65535 * 255)[..., None], 3, axis=2))
+    Image.fromarray(grey_HW.astype(np.float32)).save(tmp_path / "32.tiff")
+    with pytest.raises(FieldError, match=r"32\.tiff has 32 bits a pixel, of no known range; save it with 16"):
+        decode(Picture(tmp_path / "32.tiff", "32.tiff"))
 
 
 def test_images_are_decoded_and_prepared_once(vit: ModelPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_lora_a_prefix_and_both_are_held_against_one_another_seed_by_seed(tmp_pa
     losses.clear()
     findings = write_report(study, write_study(tmp_path / "other", study, loss, ends={}), tmp_path / "contrary")
     text = (tmp_path / "contrary" / "report.md").read_text()
-    assert "as here, contradicts that; that both together gain on LoRA is contradicted" in text
+    assert "for their number, speaks against that; that both together gain on LoRA is contradicted" in text
     plain = quickstart()
     write_report(plain, write_study(tmp_path / "plain", plain, ends={}), tmp_path / "without")
     assert "a prefix, or both" not in (tmp_path / "without" / "report.md").read_text()

@@ -25,6 +25,7 @@ from sweep.adapters.updates import matrix_of, parts_of, truncated
 from sweep.cli import app
 from sweep.exits import Refused
 from sweep.lora.methods import init_adapter
+from sweep.report.rank_use import rank_use_sentences
 from sweep.report.report import write_report
 from sweep.study.arms import Arm
 from sweep.study.file import dump_study, read_study, what_changed
@@ -238,6 +239,26 @@ def test_the_report_shows_it_and_writes_its_numbers(made: Made, tmp_path: Path) 
         losses = list(csv.DictReader(file))
     trained = trial_of(record, "r2-ratio2", 1).last
     assert trained is not None and float(losses[0]["trained_test_loss"]) == trained.test_metrics["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("in_random", "in_base", "says"),
+    [
+        (0.2, 2.0, "not emphasised, here the same"),
+        (0.2, 1.0, "not emphasised, here they are present, and it is not shown that they are not emphasised"),
+        (2.0, 2.0, "here it is contradicted: W₀ is weaker in them than in random ones"),
+        (1.0, 2.0, "here it is not shown that W₀ is stronger in them than in random ones"),
+    ],
+)
+def test_what_is_said_of_the_bases_strength_follows_its_numbers(
+    made: Made, in_random: float, in_base: float, says: str
+) -> None:
+    study, record, _, found = made
+    layers = [
+        {**row, "in_update": 1 + 0.001 * (row["seed"] - 2), "in_random": in_random, "in_base": in_base}
+        for row in found["layers"]
+    ]
+    assert says in " ".join(rank_use_sentences(study, record, {**found, "layers": layers}))
 
 
 def test_the_command_says_it_and_refuses_what_it_cannot_look_at(made: Made, tmp_path: Path) -> None:

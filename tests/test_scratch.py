@@ -236,6 +236,7 @@ def test_what_makes_no_base_is_named(shades: Path, tmp_path: Path) -> None:
         (["task=causal-lm", "data.image=null"], "pretrain", "is for image-classification"),
         (["task=causal-lm"], "data.image", "causal-lm reads text"),
         (["pretrain.labels=[1]"], "pretrain.labels", "at least 2"),
+        (["pretrain.labels=[0, '0']"], "pretrain.labels", "names a label twice"),
         (["pretrain.stepps=1"], "pretrain.stepps", "did you mean steps?"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from synthetic import quickstart, write_study
 
-from sweep.report.intervals import holm, judge, p_above, p_below, t_interval
+from sweep.report.intervals import REFERENCE, holm, judge, p_above, p_below, t_interval
 from sweep.report.search import SearchRow, edge_warnings, find_edges
 from sweep.report.sentences import recommendation
 from sweep.report.statistics import Findings, find
@@ -334,6 +334,19 @@ def test_finalists_that_are_better_by_more_than_epsilon_are_told(tmp_path: Path)
         "−0.092, 5 paired seeds), more than ε = 0.05."
     ]
     assert not any("highest loss" in w for w in findings.warnings)
+
+
+def test_a_bad_reference_is_told_though_another_arm_of_its_rank_is_worse(tmp_path: Path) -> None:
+    study = quickstart("confirm.finalists=arm")
+
+    def loss(arm: Arm, seed: int) -> float:
+        return 0.4 if arm.r != 64 else IDLE[seed - 1] + (0.2 if arm.alpha_ratio == 2 else 0)
+
+    record = write_study(tmp_path, study, loss, ends={}, chance=(1.6, 0.2))
+    findings = find(study, record)
+    worst = max(findings.arms, key=lambda result: result.loss_mean)
+    assert worst.arm.name == "r64-ratio2" and worst.verdict != REFERENCE
+    assert any("the reference, rank 64, has the highest loss of all ranks (0.670" in w for w in findings.warnings)
 
 
 def test_a_reference_with_the_highest_loss_is_told(tmp_path: Path) -> None:

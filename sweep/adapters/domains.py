@@ -130,7 +130,9 @@ def _adapter(spec: TrialSpec, state: State) -> Adapter:
 
 
 def _mixtures(adapters: Sequence[Measured], domains: Sequence[str]) -> list[Measured]:
-    """One for each rank and seed at which every one of the domains has an adapter."""
+    """One for each rank and seed at which every one of the domains has an adapter; none of a single domain."""
+    if len(domains) < 2:
+        return []
     members: dict[tuple[int, int], list[Measured]] = defaultdict(list)
     for m in adapters:
         if m.domain in domains:

@@ -41,13 +41,12 @@ def cautions(
         )
     lora = [r for r in results if r.seeds and r.arm.r]
     reference = next((r for r in lora if r.verdict == REFERENCE), None)
-    others = [r.loss_mean for r in lora if r.verdict != REFERENCE]
+    others = [r.loss_mean for r in lora if reference is not None and r.arm.r != reference.arm.r]
     if reference is not None and others and reference.loss_mean > max(others):
         ends = span(reference.loss_low, reference.loss_high, decimals)
         sure = f"95 % interval {ends}" if ends else "one seed: no interval"
         told.append(
-            f"the reference, rank {reference.arm.r}, has the highest loss of all "
-            f"{'LoRA finalists' if study.confirm.finalists == 'arm' else 'ranks'} "
+            f"the reference, rank {reference.arm.r}, has the highest loss of all ranks "
             f"({number(reference.loss_mean, decimals)}, {sure}): it may be badly tuned, and being non-inferior to it "
             "says little."
         )

@@ -46,6 +46,7 @@ def write_domains_report(study: Study, found: Found, records: Mapping[str, Study
     figures.mkdir(parents=True, exist_ok=True)
     for old in figures.glob("*.png"):
         old.unlink()
+    mixed = any(row["adapter"] == MIXED for row in found["losses"])
     losses, gains = draw(domain_losses, figures, found), draw(gain_by_distance, figures, found)
     sections = [
         Section(
@@ -55,7 +56,9 @@ def write_domains_report(study: Study, found: Found, records: Mapping[str, Study
             (losses,) if losses else (),
         ),
         Section(f"What the control, {found['domains'][0]}, pays", (_control(found),)),
-        Section("Adapters mixed", (_mixing(found),), (("What the mixture keeps", _kept_table(found)),)),
+        Section(
+            "Adapters mixed", (_mixing(found),), (("What the mixture keeps", _kept_table(found)),) if mixed else ()
+        ),
     ]
     if len(ranks(found)) > 1:
         caption = "Gain of the largest rank over the smallest: means with 95 % intervals, paired by seed"
@@ -126,21 +129,26 @@ def _control(found: Found) -> str:
     """What other domains' adapters, and the mixture, change on the control's text."""
     control, rank = found["domains"][0], ranks(found)[-1]
     words = {1: "shown to cost", -1: "shown to help", 0: "not shown to cost or to help"}
-    parts = []
-    for adapter in [*found["domains"][1:], MIXED]:
-        at = over_seeds(changes(found, adapter, rank, control))
-        if at is not None:
-            parts.append(f"{adapter} is {words[side(at)]} ({_interval(at)})")
+    at = {a: over_seeds(changes(found, a, rank, control)) for a in [*found["domains"][1:], MIXED]}
+    parts = [f"{a} is {words[side(interval)]} ({_interval(interval)})" for a, interval in at.items() if interval]
     if not parts:
         return f"No other adapter was measured on {control}."
     return (
         f"With an adapter of another domain on, the loss on {control} text changes (rank {rank}, nats a token, 95 % "
-        f"intervals over seeds): {'; '.join(parts)}. A rise is forgetting."
+        f"intervals over seeds): {'; '.join(parts)}. A rise is forgetting"
+        + (
+            f"; one that helps also learned what its text shares with {control}, as translations share their subject, "
+            "and that hides what was forgotten."
+            if any(side(interval) < 0 for interval in at.values())
+            else "."
+        )
     )
 
 
 def _mixing(found: Found) -> str:
     others = found["domains"][1:]
+    if len(others) < 2:
+        return f"Beside the control there is {others[0]} alone, so nothing was mixed."
     if not any(row["adapter"] == MIXED for row in found["losses"]):
         return "There is no rank and seed at which every domain has an adapter, so nothing was mixed."
     rank = ranks(found)[-1]

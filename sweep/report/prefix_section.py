@@ -109,6 +109,12 @@ def _sentence(study: Study, trios: list[Trio]) -> str:
     return (
         f"Every arm trained for {study.train.steps} steps with as many learning rates. Over {of} of a rank and a "
         f"length: {'; '.join(parts)}. Each interval stands for itself: among many, one in twenty misses."
+        + (
+            " Both together learn at one rate, from LoRA's grid, where the prefix alone has a grid of its own: where "
+            "both do worse than the prefix, that may be why."
+            if study.tune.prefix
+            else ""
+        )
     )
 
 
@@ -130,7 +136,10 @@ def _counts(trios: list[Trio], k: int) -> tuple[int, int]:
 def _literature(trios: list[Trio]) -> str:
     both, alone = _counts(trios, 0), _counts(trios, 2)
     if alone[0]:
-        word = "A prefix shown better than LoRA, as here, contradicts that"
+        word = (
+            f"A prefix shown better than LoRA at {alone[0]} of {len(trios)}, each interval for itself and none "
+            "corrected for their number, speaks against that"
+        )
     elif alone[1]:
         word = "That the prefix is worse is shown here too"
     else:

@@ -127,8 +127,10 @@ def _amplification(study: Study, found: Found) -> str:
     to_base = factor_over_seeds(rows, ratio("in_update", "in_base"))
     if to_chance.low is None or to_chance.high is None:
         emphasis = "with one seed, that is not decided here"
-    elif to_chance.low > 1 and (to_base.high or 1) < 1:
+    elif to_chance.low > 1 and to_base.high is not None and to_base.high < 1:
         emphasis = "here the same"
+    elif to_chance.low > 1:
+        emphasis = "here they are present, and it is not shown that they are not emphasised"
     elif to_chance.high < 1:
         emphasis = "here it is contradicted: W₀ is weaker in them than in random ones"
     else:

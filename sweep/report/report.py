@@ -132,6 +132,15 @@ def _limits(study: Study, record: StudyRecord) -> list[str]:
         f"time. Peak memory is {memory}. Alpha is a factor and changes no cost, so arms of a rank share one.",
         "Trials trained in packs; a pack's time and memory are joint and are not reported as any trial's own.",
         "The exported adapter is chosen by validation loss among the confirm trials; the test split chooses nothing.",
+        *(
+            [
+                "As in PEFT, a layer with a rank of its own keeps the arm's lora_alpha unless an alpha pattern names "
+                "it: its scaling is lora_alpha over that rank, so arms of different rank patterns differ by layer in "
+                "scaling too, and what is shown of them may come from either."
+            ]
+            if any(arm.rank_pattern for arm in study.list_arms())
+            else []
+        ),
     ]
 
 

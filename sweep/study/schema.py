@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, field_validator, model_validator
 
 from sweep.study.arms import ALL_LINEAR, LORA_PREFIX, PREFIX, Arm, full_arm, lora_arms
 from sweep.study.records import DataSettings, ForgettingSettings, PretrainSettings, Setup, TrainSettings
@@ -73,6 +73,13 @@ class Pretrain(Strict):
     learning_rate: Positive
     seed: Annotated[int, Field(ge=0)] = 0
     image_size: Count | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _tell_labels_apart(cls, labels: list[str | int]) -> list[str | int]:
+        if has_repeats([str(label) for label in labels]):  # the data's labels are read as text
+            raise ValueError("names a label twice")
+        return labels
 
     def settings(self) -> PretrainSettings:
         labels = tuple(str(label) for label in self.labels)

@@ -88,12 +88,15 @@ def patterns(given: dict[str, Number] | list[dict[str, Number]]) -> list[tuple[t
     return [tuple(one.items()) for one in (given if isinstance(given, list) else [given])]
 
 
-def _no_domain_twice(domains: list[str]) -> list[str]:
+def _tell_domains_apart(domains: list[str]) -> list[str]:
     if has_repeats(domains):
         raise ValueError("names a domain twice")
+    for name in ("mixed", "none"):  # as the report calls the mixture, and the base alone
+        if name in domains:
+            raise ValueError(f"{name!r} has a meaning in the report: name the domain otherwise")
     return domains
 
 
 Domains = Annotated[
-    list[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]], Field(min_length=2), AfterValidator(_no_domain_twice)
+    list[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]], Field(min_length=2), AfterValidator(_tell_domains_apart)
 ]

@@ -75,7 +75,7 @@ def digits() -> list[dict[str, Any]]:
 
 
 def decode(picture: Picture) -> Image:
-    """In RGB, turned as its camera says. Raises FieldError where it cannot be decoded."""
+    """In RGB of 8 bits, turned as its camera says. Raises FieldError where it cannot be decoded, or has 32 bits."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -84,9 +84,17 @@ def decode(picture: Picture) -> Image:
         return Image.fromarray(picture.source)
     try:
         with Image.open(io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            turned = ImageOps.exif_transpose(image)
+            if turned.mode.startswith("I;16"):  # Pillow itself would clip all above 255 to white
+                turned = Image.fromarray(np.rint(np.asarray(turned) / 257).astype(np.uint8))
+            rgb = turned.convert("RGB")
     except Exception as error:  # Pillow raises many kinds; all mean that this is no image
         raise FieldError(("data.image", f"{picture.where} cannot be decoded: {first_line(error)}")) from None
+    if turned.mode in ("I", "F"):
+        raise FieldError(
+            ("data.image", f"{picture.where} has 32 bits a pixel, of no known range; save it with 16")
+        )
+    return rgb
 
 
 def with_pixel_digests(rows: Sequence[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
