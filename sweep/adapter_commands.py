@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -148,8 +149,9 @@ def latency(
 
 
 def _keep_inputs(folders: list[Path], to: Path) -> None:
-    if to.resolve() in {folder.resolve() for folder in folders}:
-        raise Refused(f"--to: {to} is read as well, and would be overwritten; name another folder")
+    for folder in folders:
+        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(to)):
+            raise Refused(f"--to: {folder} is read as well, and would be overwritten; choose another folder")
 
 
 def _whole_numbers(option: str, given: str) -> list[int]:

@@ -117,6 +117,54 @@ def test_mix_and_compress_write_adapters_that_peft_loads_and_say_what_is_lost(
     torch.testing.assert_close(logits_in_peft(in_peft("llama", sum=tmp_path / "sum"), inputs), expected)
 
 
+def test_an_adapter_that_lies_in_the_folder_to_be_written_is_kept(
+    language: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert here(monkeypatch, "mix", str(language["a"]), "--to", "mm") == 0
+    shutil.copytree(language["a"], "mm/inner")
+    Path("link").symlink_to("mm/inner")
+    for given in ("mm/inner", "link"):
+        assert here(monkeypatch, "mix", given, str(language["b"]), "--to", "mm") == 2
+        assert f"--to: {given} is read as well" in capsys.readouterr().err
+    assert here(monkeypatch, "mix", str(language["b"]), "--to", "mm") == 2
+    assert capsys.readouterr().err == "--to: mm holds inner, which sweep did not write; choose another folder\n"
+    assert Path("mm/inner/adapter_model.safetensors").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line_that_names_the_option(
+    language: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sweep.json").write_text("{")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    for to, why in (
+        (".", "is the folder that you are in"),
+        ("../broken", "holds a sweep.json that does not say which files sweep wrote"),
+        ("../file", "is a file"),
+        ("../file/below", "cannot be written (Not a directory)"),
+        ("../loop", "cannot be written ("),
+    ):
+        assert here(monkeypatch, "mix", str(language["a"]), "--to", to) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"--to: {to} {why}") and line.endswith("; choose another folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty", "file", "loop"]
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_written(
+    language: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        assert here(monkeypatch, "mix", str(language["a"]), "--to", str(tmp_path / "link")) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "adapter_model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_an_empty_text_is_refused_before_anything_is_answered(
     language: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sweep.adapters.export import ExportError, _our_logits, _weights_of, _write_adapters, export, few_rows
+from sweep.study.errors import FieldError
 from sweep.study.file import read_study
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, Measurement, TrialSpec, Unit
@@ -189,9 +190,26 @@ def test_folder_with_other_files_is_not_overwritten(
 ) -> None:
     study, record, home = classified
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ExportError, match="--to"):
+    with pytest.raises(FieldError, match=r"^--to: .* holds thesis.txt, which sweep did not write"):
         export(study, record, trial_of(record, "r2-ratio1"), tmp_path, False, "", home.cache)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_an_export_takes_the_place_of_one_of_its_study_alone_and_of_no_file_that_came_to_it(
+    classified: tuple[Study, StudyRecord, Home], tmp_path: Path
+) -> None:
+    study, record, home = classified
+    trial, to = trial_of(record, "r2-ratio1"), tmp_path / "out"
+    export(study, record, trial, to, True, "", home.cache)
+    export(study, record, trial, to, False, "", home.cache)
+    there = sorted(path.name for path in to.iterdir())
+    assert sorted(json.loads((to / "sweep.json").read_text())["files"]) == there and "config.json" not in there
+    with pytest.raises(FieldError, match=rf"^--to: .*out holds the adapter of a trial, of study {study.name}; choose"):
+        export(study.model_copy(update={"name": "other"}), record, trial, to, False, "", home.cache)
+    (to / "notes.txt").write_text("mine")
+    with pytest.raises(FieldError, match=r"^--to: .*out holds notes.txt"):
+        export(study, record, trial, to, False, "", home.cache)
+    assert sorted(path.name for path in to.iterdir()) == sorted([*there, "notes.txt"])
 
 
 def test_decoder_classifier_looks_at_the_last_token_that_is_not_padding_and_exports(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from peft import PeftModel
 from peft_folders import in_peft, inputs_of, logits_in_peft, write_with_peft
 
+from sweep.adapters.folders import whole_folder
 from sweep.adapters.mix import Part, mix, write_mixed
 from sweep.adapters.peft_format import PeftAdapter, read_adapter
 from sweep.study.errors import FieldError
@@ -188,16 +191,70 @@ def test_the_export_of_a_trial_is_not_overwritten_but_another_mixture_is(tmp_pat
     for weight in (1.0, 2.0):
         write_mixed(mixed, to, {"mixed": [["a", weight]]})
     assert json.loads((to / "sweep.json").read_text())["mixed"] == [["a", 2.0]]
-    (to / "sweep.json").write_text('{"trial": 3}')
-    with pytest.raises(FieldError, match="adapter of a trial"):
+    exported = json.dumps({**json.loads((to / "sweep.json").read_text()), "study": "s", "trial": 3})
+    (to / "sweep.json").write_text(exported)
+    with pytest.raises(FieldError, match="adapter of a trial, of study s"):
         write_mixed(mixed, to, {})
-    assert (to / "sweep.json").read_text() == '{"trial": 3}'
+    assert (to / "sweep.json").read_text() == exported
 
 
 def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
     mixed = mix([Part("a", bert(tmp_path, 1), 1.0)])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(FieldError, match="other files"):
+    with pytest.raises(FieldError, match=r"^--to: .*mine holds thesis.txt, which sweep did not write"):
         write_mixed(mixed, tmp_path / "mine", {})
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git/config", "base/mine.txt", "base/adapter_config.json"])
+def test_a_folder_of_ours_to_which_someone_added_a_file_is_kept_and_the_file_named(tmp_path: Path, name: str) -> None:
+    adapter, base, to = bert(tmp_path, 1), tmp_path / "base", tmp_path / "ours"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    mixed = mix([Part("a", replace(adapter, own_base=base), 1.0)])
+    write_mixed(mixed, to, {})
+    write_mixed(mixed, to, {})
+    (to / name).parent.mkdir(exist_ok=True)
+    (to / name).write_text("mine")
+    first = ".git" if name.startswith(".git") else name
+    with pytest.raises(FieldError, match=rf"^--to: .*ours holds {first}, which .*; choose another folder$"):
+        write_mixed(mixed, to, {})
+    assert (to / name).read_text() == "mine" and (to / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"sweep": "1"}', '{"files": []}', '{"sweep": "1", "files": [1]}'])
+def test_a_mark_that_is_not_ours_protects_its_folder(tmp_path: Path, text: str) -> None:
+    mixed, to = mix([Part("a", bert(tmp_path, 1), 1.0)]), tmp_path / "theirs"
+    to.mkdir()
+    (to / "sweep.json").write_text(text)
+    with pytest.raises(FieldError, match=r"^--to: .*theirs holds a sweep.json that does not say which files"):
+        write_mixed(mixed, to, {})
+    assert (to / "sweep.json").read_text() == text
+
+
+def test_a_file_that_comes_while_we_write_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    with pytest.raises(FieldError, match=r"holds notes.txt"), whole_folder(tmp_path / "ours"):
+        (tmp_path / "ours" / "notes.txt").write_text("mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["ours", "notes.txt"]
+
+
+def test_an_earlier_folder_is_whole_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed, to = mix([Part("a", bert(tmp_path, 1), 1.0)]), tmp_path / "ours"
+    write_mixed(mixed, to, {})
+    honest = os.replace
+
+    def busy(source: Path, target: Path) -> None:
+        if target == to and source.name.startswith(".tmp"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        honest(source, target)
+
+    before = sorted(path.name for path in to.iterdir())
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(FieldError, match=r"^--to: .*ours cannot be written \(Device or resource busy\)"):
+        write_mixed(mixed, to, {})
+    assert sorted(path.name for path in to.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "ours"]

@@ -129,6 +129,13 @@ def test_the_pack_stays_while_the_mix_does(llama: Served) -> None:
     assert base.base.model.get_submodule("model.layers.0.self_attn.q_proj") is not layer
 
 
+@pytest.mark.parametrize("rows", [[], None])
+def test_a_batch_of_no_rows_is_refused(llama: Served, rows: list[str | None] | None) -> None:
+    none = {name: tensor[:0] for name, tensor in inputs_of("llama", 1).items()}
+    with pytest.raises(FieldError, match="there are no rows; give at least one"):
+        llama[0].logits(none, rows)
+
+
 def test_what_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     base, _ = serve("llama", {}, tmp_path)
     theirs = write_with_peft("gpt2", tmp_path / "gpt2", r=2, target_modules=["c_attn"])

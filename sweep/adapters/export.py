@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sweep import __version__
 from sweep.adapters.card import model_card
-from sweep.adapters.folders import holds_other_files, whole_folder, write_adapter
+from sweep.adapters.folders import check_target, whole_folder, write_adapter, write_mark
 from sweep.adapters.merge import as_plain_lora, merged_weight
-from sweep.adapters.peft_format import BASE, CLASSIFIER, LANGUAGE_MODEL, MARK, SUBFOLDER, PeftAdapter, Settings
+from sweep.adapters.peft_format import BASE, CLASSIFIER, LANGUAGE_MODEL, SUBFOLDER, PeftAdapter, Settings
 from sweep.adapters.prompt import write_prompt
 from sweep.lora.adapter import adaptable_modules, install, remove
 from sweep.lora.methods import is_conv1d
@@ -60,11 +59,10 @@ def export(
 
     evidence: the report's sentences about the arm, for the model card. The folder appears only once its logits equal
     ours. Both are over the base in full precision: one that was trained in 4 or 8 bits is read whole here, and merged
-    whole. Raises ExportError, or FieldError where model or data can no longer be used.
+    whole. Raises ExportError, or FieldError where model or data can no longer be used, and as `check_target` does.
     """
     weights = _weights_of(trial, merge)
-    if holds_other_files(to):
-        raise ExportError(f"{to} holds other files; name a new folder with --to")
+    check_target(to, study.name)
     if record.prepared is None:
         raise ExportError(f"study {study.name} has no prepared model and data; run it first")
     setup = study.setup(str(cache))
@@ -73,7 +71,7 @@ def export(
     base = load_base(place, study.task, record.prepared.labels, data.pad_token_id, "float32", "eager")
     base.model.to("cpu")  # where the fresh process computes too: devices differ by more than the tolerance
     batch = few_rows(data)
-    with whole_folder(to) as half:
+    with whole_folder(to, study.name) as half:
         ours = _our_logits(base, trial.spec.arm, weights, batch)
         if merge:
             _write_merged(base, trial.spec.arm, weights, half)
@@ -86,7 +84,7 @@ def export(
             processor = load_image_processor(place) if study.task == IMAGES else load_tokenizer(place)
             processor.save_pretrained(half)
         (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
-        (half / MARK).write_text(json.dumps(_provenance(study, record.prepared, trial, merge), indent=1))
+        write_mark(half, _provenance(study, record.prepared, trial, merge))
         difference = _check_in_fresh_process(
             half, place, study.task, record.prepared, merge, batch, ours, data.pad_token_id
         )
@@ -278,7 +276,6 @@ def _check_in_fresh_process(
 def _provenance(study: Study, prepared: Prepared, trial: TrialRecord, merge: bool) -> dict[str, object]:
     spec = trial.spec
     return {
-        "sweep": __version__,
         "study": study.name,
         "task": study.task,
         "trial": spec.number,

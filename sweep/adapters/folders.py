@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors.torch import save_file
@@ -23,25 +23,20 @@ from sweep.study.errors import FieldError
 def save_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str], made_by: Mapping[str, Any]) -> None:
     """Write an adapter that was made of others: their labels, task and own base go with it.
 
-    target_modules: see `write_adapter`. made_by: what `sweep.json` tells of it besides. Raises FieldError where `to`
-    holds other files, or the export of a trial, which such an adapter never takes the place of.
+    target_modules: see `write_adapter`. made_by: what `sweep.json` tells of it besides. Raises FieldError as
+    `check_target` does.
     """
-    if holds_other_files(to):
-        raise FieldError((str(to), "holds other files; name a new folder"))
-    if holds_export(to):
-        raise FieldError((str(to), "holds the adapter of a trial; name a new folder"))
     with whole_folder(to) as half:
         write_adapter(adapter, half, target_modules)
         if adapter.own_base is not None:
             shutil.copytree(adapter.own_base, half / BASE)
         told = {
-            "sweep": __version__,
             **made_by,
             "labels": list(adapter.labels),
             "task": adapter.task,
             "model_fingerprint": adapter.model_fingerprint,
         }
-        (half / MARK).write_text(json.dumps(told, indent=1))
+        write_mark(half, told)
 
 
 def write_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str], dropout: float = 0.0) -> None:
@@ -73,31 +68,104 @@ def write_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str],
     save_file(named, to / TENSORS, metadata={"format": "pt"})
 
 
-def holds_other_files(to: Path) -> bool:
-    """Whether something lies there that we did not write."""
-    return to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / MARK).exists()))
+def write_mark(folder: Path, told: Mapping[str, Any]) -> None:
+    """Write `sweep.json` as the last file of a folder: what we tell of it, and which files in it are ours."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    (folder / MARK).write_text(json.dumps({"sweep": __version__, **told, "files": [*files, MARK]}, indent=1))
 
 
-def holds_export(to: Path) -> bool:
-    """Whether a trial's own adapter lies there: it cost training."""
-    mark = to / MARK
-    return mark.exists() and "trial" in json.loads(mark.read_text())
+def check_target(to: Path, study: str | None = None) -> Path:
+    """Where `to` really is, links followed, for a folder that takes the place of what lies there.
+
+    study: whose export it will be; None: an adapter made of others. Raises FieldError unless nothing lies there, or an
+    earlier folder of ours with no file but ours in it, which is no trial's export or one of the same study.
+    """
+    with _naming(to):
+        place = Path(os.path.realpath(to))
+        if not place.exists():
+            return place
+        if not place.is_dir():
+            raise _refused(to, "is a file")
+        mark = _read_mark(to) if (place / MARK).exists() else {"files": []}
+        foreign = _first_foreign(place, mark["files"])
+        if foreign is not None:
+            raise _refused(to, f"holds {foreign}, which sweep did not write")
+        if mark.get("study", study) != study:  # it cost training
+            raise _refused(to, f"holds the adapter of a trial, of study {mark['study']}")
+        if Path.cwd().is_relative_to(place):
+            raise _refused(to, "is the folder that you are in, which cannot be replaced")
+        return place
 
 
 @contextmanager
-def whole_folder(to: Path) -> Iterator[Path]:
-    """A folder beside `to` to write into; it takes that place once the block ends, and is gone where it raises."""
-    half = to.parent / f".tmp-{to.name}-{os.getpid()}"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
+def whole_folder(to: Path, study: str | None = None) -> Iterator[Path]:
+    """A folder beside `to` to write into; it takes that place once the block ends, and is gone where it raises.
+
+    Raises FieldError as `check_target` does, and where nothing can be written there.
+    """
+    place = check_target(to, study)
+    half, old = (place.parent / f".{kind}-{place.name}-{os.getpid()}" for kind in ("tmp", "old"))
     try:
+        with _naming(to):
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir(parents=True)
         yield half
         for file in (path for path in half.rglob("*") if path.is_file()):
             file.chmod(0o644)  # safetensors writes for the owner alone
-        shutil.rmtree(to, ignore_errors=True)
-        os.replace(half, to)
+        check_target(to, study)  # again: an export takes minutes, in which files may have come
+        with _naming(to):
+            _take_place(half, place, old)
     finally:
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _take_place(half: Path, place: Path, old: Path) -> None:
+    """What lies there goes aside first: where it cannot be moved, nothing of it is lost."""
+    if not place.exists():
+        os.replace(half, place)
+        return
+    os.replace(place, old)
+    try:
+        os.replace(half, place)
+    except OSError:
+        os.replace(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_mark(to: Path) -> dict[str, Any]:
+    try:
+        mark = json.loads((to / MARK).read_text(encoding="utf-8"))
+    except ValueError:
+        mark = None
+    files = mark.get("files") if isinstance(mark, dict) and "sweep" in mark else None
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise _refused(to, f"holds a {MARK} that does not say which files sweep wrote")
+    return dict(mark)
+
+
+def _first_foreign(place: Path, files: Sequence[str]) -> str | None:
+    """The first name there that is none of the files, nor a folder that holds one of them."""
+    ours = {*files, *(str(folder) for name in files for folder in PurePosixPath(name).parents)}
+    for here, folders, names in os.walk(place):
+        for name in sorted([*folders, *names]):
+            path = Path(here, name).relative_to(place).as_posix()
+            if path not in ours:
+                return path
+    return None
+
+
+@contextmanager
+def _naming(to: Path) -> Iterator[None]:
+    """Errors of the file system, told of the option."""
+    try:
+        yield
+    except OSError as error:
+        raise _refused(to, f"cannot be written ({error.strerror or error})") from None
+
+
+def _refused(to: Path, why: str) -> FieldError:
+    return FieldError(("--to", f"{to} {why}; choose another folder"))
 
 
 def _settings(adapter: PeftAdapter) -> Settings:

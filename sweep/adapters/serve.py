@@ -80,6 +80,8 @@ class ServingBase:
         packed layers stay as long as the plan of slots does.
         """
         count = len(next(iter(inputs.values())))
+        if count == 0:
+            raise FieldError(("inputs", "there are no rows; give at least one"))
         names = [self.active] * count if rows is None else list(rows)
         if len(names) != count:
             raise FieldError(("rows", f"{len(names)} adapters for {count} rows; name one for each"))
