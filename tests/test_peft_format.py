@@ -51,6 +51,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d": ("gpt2", {"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "embedding": ("gpt2", {"r": 3, "lora_alpha": 2, "target_modules": ["wte", "wpe", "c_attn"]}),
     "saved output layer": ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "saved norms by an ending": ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "saved tied embedding": ("gpt2", {"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
+    "saved tied embedding and head": (
+        "gpt2",
+        {"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]},
+    ),
+    "saved whole part": ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
     "some layers": ("llama", {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1]}),
 }
 
@@ -105,6 +112,7 @@ def edited(folder: Path, **config: Any) -> Path:
         ("init_lora_weights", "pissa_niter_4"),
         ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [1]),
+        ("ensure_weight_tying", True),
         ("target_parameters", ["mlp.weight"]),
         ("lora_bias", True),
         ("something_of_next_year", 3),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_folders import in_peft, inputs_of, logits_in_peft, write_with_peft
 from random_models import FAMILIES, frozen_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sweep.adapters.serve import ServingBase, plan_slots
@@ -159,3 +160,85 @@ def test_one_adapts_what_another_replaces(tmp_path: Path) -> None:
         base.use(name)
         expected = logits_in_peft(in_peft("llama", **{name: folders[name]}), inputs)
         torch.testing.assert_close(base.logits(inputs), expected, atol=2e-5, rtol=1e-5)
+
+
+SAVED: dict[str, dict[str, dict[str, object]]] = {
+    "bert": {
+        "norms": {"r": 2, "target_modules": ["query"], "modules_to_save": ["LayerNorm"]},
+        "others": {"r": 2, "target_modules": ["value"], "modules_to_save": ["LayerNorm", "pooler"]},
+        "head": {"r": 3, "target_modules": ["query", "value"], "modules_to_save": ["pooler", "classifier"]},
+        "lora": {"r": 4, "target_modules": ["query"]},
+    },
+    "llama": {
+        "chat": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        "norms": {"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["norm"]},
+        "head": {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "lora": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+    },
+    "gpt2": {  # its lm_head is tied to wte
+        "chat": {"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]},
+        "words": {"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+        "lora": {"r": 4, "target_modules": ["c_attn"]},
+    },
+}
+
+
+def bits(model: torch.nn.Module) -> dict[str, tuple[int, bytes]]:
+    tensors = model.state_dict(keep_vars=True)
+    return {n: (t.data_ptr(), t.detach().contiguous().view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("family", SAVED)
+def test_modules_that_peft_saved_are_served_alone_and_beside_other_adapters(family: str, tmp_path: Path) -> None:
+    """Each row has PEFT's logits for its adapter, and the base is its own again, bit for bit."""
+    base, folders = serve(family, SAVED[family], tmp_path)
+    model = base.base.model
+    modules, before = dict(model.named_modules()), bits(model)
+    names = [*folders, None, *reversed(folders), None]
+    inputs = inputs_of(family, len(names))
+    wanted = {None: plain(frozen_model(FAMILIES[family]), inputs)}
+    for name, folder in folders.items():
+        wanted[name] = logits_in_peft(in_peft(family, **{name: folder}), inputs)
+        assert (wanted[name] - wanted[None]).abs().max() > 0.1, "the adapter changes nothing"
+        base.use(name)
+        torch.testing.assert_close(base.logits(inputs), wanted[name], atol=3e-5, rtol=1e-5)
+    rows = torch.stack([wanted[name][i] for i, name in enumerate(names)])
+    torch.testing.assert_close(base.logits(inputs, names), rows, atol=3e-5, rtol=1e-5)
+    base.use(next(iter(folders)))
+    base.logits(inputs)
+    base.use(None)
+    assert torch.equal(base.logits(inputs), wanted[None])
+    assert dict(model.named_modules()) == modules and bits(model) == before
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "mlp", "norm", "embed_tokens"])
+def test_saved_modules_stand_in_a_base_of_half_precision(saved: str, tmp_path: Path) -> None:
+    base, _ = serve("llama", {}, tmp_path)
+    folder = write_with_peft("llama", tmp_path / "a", r=2, target_modules=["q_proj"], modules_to_save=[saved])
+    base.base.model.bfloat16()
+    base.add("a", folder)
+    inputs = inputs_of("llama", 3)
+    expected = logits_in_peft(in_peft("llama", a=folder), inputs)
+    ours = base.logits(inputs, ["a"] * 3).float()
+    assert (ours - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_saved_module_that_the_base_has_not_or_otherwise_is_named(tmp_path: Path) -> None:
+    base, _ = serve("llama", {}, tmp_path)
+    folder = write_with_peft("llama", tmp_path / "a", r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    path, at = folder / "adapter_model.safetensors", "base_model.model.model.norm"
+    tensors = load_file(path)
+    weight = tensors.pop(f"{at}.weight")
+    for key, tensor, said in (
+        (
+            "base_model.model.model.other_norm.weight",
+            weight,
+            "modules_to_save: the base has no module model.other_norm",
+        ),
+        (f"{at}.bias", weight, "modules_to_save: model.norm has no bias in the base"),
+        (f"{at}.weight", weight[:3].clone(), r"model.norm is \(16,\) in the base and \(3,\) in the adapter"),
+    ):
+        save_file({**tensors, key: tensor}, path)
+        with pytest.raises(FieldError, match=said):
+            base.add("a", folder)
+        assert not base.adapters

@@ -132,4 +132,5 @@ def _continuation(
 def _outputs(adapter: PeftAdapter) -> int | None:
     """How many classes the head that the adapter brings tells apart: what its smallest layer puts out."""
     heads = [name for name in adapter.saved if any(part in HEAD_NAMES for part in name.split("."))]
-    return min((len(adapter.state[f"{name}.weight"]) for name in heads), default=None)
+    weights = [adapter.state[f"{name}.weight"] for name in heads if f"{name}.weight" in adapter.state]
+    return min(map(len, weights), default=None)

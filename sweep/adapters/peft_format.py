@@ -103,7 +103,7 @@ class PeftAdapter:
     state: State
     use_rslora: bool = False
     fan_in_fan_out: bool = False  # PEFT's word for Conv1D's transposed weights
-    saved: tuple[str, ...] = ()  # layers that stand in place of the base's own: heads
+    saved: tuple[str, ...] = ()  # modules whose tensors stand in place of the base's own: heads, norms, embeddings
     modules_to_save: tuple[str, ...] = ()  # as the configuration names them
     task_type: str | None = None
     base_model: str | None = None
@@ -253,10 +253,12 @@ def _modules(folder: Path, state: State, method: str) -> dict[str, list[str]]:
 
 
 def _saved_layers(folder: Path, others: State, to_save: Sequence[str]) -> tuple[str, ...]:
+    """Of each tensor the module that holds it. PEFT saves every module whose full name ends with a name in to_save."""
     layers = dict.fromkeys(name.rpartition(".")[0] for name in others)
     for layer in layers:
-        below = any(f".{name}." in f".{layer}." for name in to_save)
-        if not below or f"{layer}.weight" not in others:
+        parts = layer.split(".")
+        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if not any(path.endswith(name) for path in above for name in to_save):
             _refuse(folder, TENSORS, f"{layer!r} is neither an adapter nor one of modules_to_save")
     return tuple(layers)
 

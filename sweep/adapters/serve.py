@@ -5,6 +5,7 @@ Shapes: R rows, K slots of g rows each (R = K·g), T tokens, C classes, V vocabu
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections import Counter
@@ -21,6 +22,7 @@ from sweep.adapters.folders import save_adapter
 from sweep.adapters.peft_format import PeftAdapter, read_adapter
 from sweep.lora.adapter import Adapter, Pack, adaptable_modules, install, linear_modules, remove
 from sweep.lora.methods import matrix_shape, refusal
+from sweep.lora.trunk import block_list
 from sweep.study.errors import FieldError
 from sweep.training.base import Base, load_base
 from sweep.training.locate import load_tokenizer, locate_model
@@ -50,6 +52,7 @@ class ServingBase:
     adapters: dict[str, PeftAdapter] = field(default_factory=dict)
     active: str | None = None
     _installed: tuple[Slots, Pack] | None = None
+    _alone: set[str] = field(default_factory=set)  # adapters whose saved modules share no pass with other rows
 
     def add(self, name: str, folder: Path) -> PeftAdapter:
         """Read an adapter under a name; it takes the place of an earlier one. Raises FieldError where it does not fit
@@ -58,6 +61,9 @@ class ServingBase:
         adapter = read_adapter(folder)
         check_fit(adapter, self.base.model, folder)
         self.adapters[name] = adapter
+        self._alone.discard(name)
+        if not saved_in_packs(adapter, self.base.model):
+            self._alone.add(name)
         return adapter
 
     def drop(self, name: str) -> None:
@@ -65,6 +71,7 @@ class ServingBase:
         self._known(name)
         self._take_down()
         del self.adapters[name]
+        self._alone.discard(name)
         self.active = None if self.active == name else self.active
 
     def use(self, name: str | None) -> None:
@@ -74,10 +81,11 @@ class ServingBase:
         self._stand((name,))
 
     def logits(self, inputs: Mapping[str, Tensor], rows: Sequence[str | None] | None = None) -> Tensor:
-        """One forward pass. rows: the adapter of each row (None: the base); left out, the one in use answers all.
+        """Each row by its adapter. rows: the adapter of each (None: the base); left out, the one in use answers all.
 
-        inputs: what the model's forward takes, rows first. Returns (R, C) or (R, T, V), rows in the order given. The
-        packed layers stay as long as the plan of slots does.
+        inputs: what the model's forward takes, rows first. Returns (R, C) or (R, T, V), rows in the order given. All
+        rows share one pass, but those of an adapter that `saved_in_packs` denies, which has one of its own. What stands
+        on the base stays as long as the plan of slots does: several passes put up their own each time.
         """
         count = len(next(iter(inputs.values())))
         if count == 0:
@@ -87,15 +95,23 @@ class ServingBase:
             raise FieldError(("rows", f"{len(names)} adapters for {count} rows; name one for each"))
         for name in names:
             self._known(name)
-        slots, order = plan_slots(names, self._order())
-        pack = self._stand(slots)
-        if pack is not None:
-            pack.forward_pass.rows = count
+        passes: dict[str | None, list[int]] = {}
+        for i, name in enumerate(names):
+            passes.setdefault(name if name in self._alone else None, []).append(i)
         device = next(self.base.model.parameters()).device
         model: Any = self.base.model
-        with torch.no_grad():
-            found: Tensor = model(**{key: value[order].to(device) for key, value in inputs.items()}).logits
-        return found[torch.tensor(order, device=found.device).argsort()]
+        found: list[Tensor] = []
+        taken: list[int] = []
+        for part in passes.values():
+            slots, order = plan_slots([names[i] for i in part], self._order())
+            pack = self._stand(slots)
+            if pack is not None:
+                pack.forward_pass.rows = len(part)
+            places = [part[i] for i in order]
+            with torch.no_grad():
+                found.append(model(**{key: value[places].to(device) for key, value in inputs.items()}).logits)
+            taken += places
+        return torch.cat(found)[torch.tensor(taken, device=device).argsort()]
 
     def save(self, name: str, folder: Path) -> None:
         """Write an adapter in PEFT's format. Raises FieldError as `save_adapter` does."""
@@ -155,7 +171,7 @@ def load_serving_base(
 
 def check_fit(adapter: PeftAdapter, model: nn.Module, source: Path) -> None:
     """Raises FieldError where the adapter is for other modules or shapes than the model has."""
-    layers, linear = adaptable_modules(model), linear_modules(model)
+    layers = adaptable_modules(model)
     problems = []
     for module, r in adapter.ranks.items():
         layer = layers.get(module)
@@ -173,13 +189,7 @@ def check_fit(adapter: PeftAdapter, model: nn.Module, source: Path) -> None:
             problems.append(f"{module} is {O}×{I} in the base and {B.numel() // r}×{A[0].numel()} in the adapter")
         elif reason is not None:
             problems.append(f"{module}: {reason}")
-    for name in adapter.saved:
-        weight = adapter.state[f"{name}.weight"]
-        if name not in linear:
-            problems.append(f"modules_to_save: the base has no linear layer {name}")
-        elif weight.shape != linear[name].weight.shape:
-            ours, theirs = tuple(linear[name].weight.shape), tuple(weight.shape)
-            problems.append(f"{name} is {ours} in the base and {theirs} in the adapter: has it other labels?")
+    problems += _misfits_of_saved(adapter, model)
     for module, weight in adapter.embeddings.items():
         if module not in layers or not torch.equal(layers[module].get_parameter("weight").cpu().to(weight), weight):
             problems.append(f"{module}: the adapter comes with another embedding than the base's")
@@ -188,14 +198,59 @@ def check_fit(adapter: PeftAdapter, model: nn.Module, source: Path) -> None:
         raise FieldError((str(source), f"does not fit the base: {problems[0]}{more}"))
 
 
+def _misfits_of_saved(adapter: PeftAdapter, model: nn.Module) -> list[str]:
+    """What keeps the modules that the adapter saved from the places of the base's own."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    tensors = model.state_dict(keep_vars=True)
+    problems = [f"modules_to_save: the base has no module {layer}" for layer in adapter.saved if layer not in modules]
+    for name, tensor in adapter.state.items():
+        layer, _, last = name.rpartition(".")
+        if layer not in adapter.saved or layer not in modules:
+            continue
+        if name not in tensors:
+            problems.append(f"modules_to_save: {layer} has no {last} in the base")
+        elif tensors[name].shape != tensor.shape:
+            ours, theirs = tuple(tensors[name].shape), tuple(tensor.shape)
+            what = layer if last == "weight" else name
+            problems.append(f"{what} is {ours} in the base and {theirs} in the adapter: has it other labels or tokens?")
+    return problems
+
+
+def saved_in_packs(adapter: PeftAdapter, model: nn.Module) -> bool:
+    """Whether packed layers hold all that the adapter saved, so that its rows share a pass with those of others.
+
+    They hold linear layers outside the blocks: they answer in float32, which a block of another precision cannot take.
+    """
+    linear, blocks = linear_modules(model), block_list(model)
+    within = tuple(layer for layer in adapter.saved if blocks is not None and layer.startswith(f"{blocks}."))
+    return not within and linear.keys() >= set(adapter.saved)
+
+
+def saved_copies(adapter: PeftAdapter, model: nn.Module) -> dict[str, nn.Module]:
+    """Copies of the base's modules with the adapter's tensors, as PEFT makes them: a weight that the base ties to
+    another is tied no more."""
+    outermost = [a for a in adapter.saved if not any(a.startswith(f"{b}.") for b in adapter.saved)]
+    copies = {layer: copy.deepcopy(model.get_submodule(layer)) for layer in outermost}
+    for layer, module in copies.items():
+        inside = {n.removeprefix(f"{layer}."): t for n, t in adapter.state.items() if n.startswith(f"{layer}.")}
+        module.load_state_dict(inside, strict=False)  # what the adapter did not save stays the base's
+    return copies
+
+
 def install_slots(model: nn.Module, slots: Slots, adapters: Mapping[str, PeftAdapter]) -> Pack:
-    """Put an adapter on the model for each slot; a layer that only some adapters bring is the base's in the others."""
+    """Put an adapter on the model for each slot; a layer that only some adapters bring is the base's in the others.
+
+    An adapter that `saved_in_packs` denies stands alone: copies of the modules that it saved take the base's places.
+    """
     used = {name: adapters[name] for name in slots if name is not None}
-    head = list(dict.fromkeys(layer for adapter in used.values() for layer in adapter.saved))
+    saved = list(dict.fromkeys(layer for adapter in used.values() for layer in adapter.saved))
     for name, adapter in used.items():
-        both = [module for module in adapter.ranks if module in head]
+        both = [module for module in adapter.ranks if any(f"{module}.".startswith(f"{layer}.") for layer in saved)]
         if both:
             raise FieldError(("rows", f"{name} adapts {both[0]}, which another one replaces: use them in turns"))
+    alone = next((adapter for adapter in used.values() if not saved_in_packs(adapter, model)), None)
+    copies = {} if alone is None else saved_copies(alone, model)
+    head = saved if alone is None else []
     linear = linear_modules(model)
     own = {f"{layer}.{n}": p.detach().float().cpu() for layer in head for n, p in linear[layer].named_parameters()}
     ready = {
@@ -211,4 +266,8 @@ def install_slots(model: nn.Module, slots: Slots, adapters: Mapping[str, PeftAda
         for name, adapter in used.items()
     }
     base = Adapter(0, 0.0, (), own)
-    return install(model, [base if name is None else ready[name] for name in slots], head)
+    pack = install(model, [base if name is None else ready[name] for name in slots], head)
+    for layer, module in copies.items():
+        pack.replaced.append((layer, model.get_submodule(layer)))
+        model.set_submodule(layer, module)
+    return pack
