@@ -114,6 +114,8 @@ def compress(
     _say_written(mixed.adapter.ranks, to)
     largest = max(len(S_r) for S_r in mixed.spectra.values())
     ranks = sorted({rank, *(2**i for i in range(largest.bit_length()) if 2**i < largest)})
+    if rank >= largest:
+        print(f"note: no layer has a rank above {largest}, so rank {rank} compresses nothing")
     print("of ‖ΔW‖² in all is lost at " + ", ".join(f"rank {r}: {mixed.lost_in_all(r):.2%}" for r in ranks))
     print("note: what is lost of ΔW is not what is lost of the task; measure that on held-out rows")
 
@@ -170,11 +172,13 @@ def _weighted(given: str) -> tuple[str, float]:
     try:
         weight = float(number)
     except ValueError:
+        if Path(folder).is_dir() and folder and not Path(given).exists():
+            raise Refused(f"{given}: the weight {number!r} is no number; write it as in {folder}:0.7") from None
         return given, 1.0
     if not folder:
         return given, 1.0
-    if not math.isfinite(weight):
-        raise Refused(f"{given}: a weight is a finite number")
+    if not math.isfinite(weight) or weight == 0:
+        raise Refused(f"{given}: a weight is a finite number other than 0")
     return folder, weight
 
 

@@ -117,6 +117,21 @@ def test_mix_and_compress_write_adapters_that_peft_loads_and_say_what_is_lost(
     torch.testing.assert_close(logits_in_peft(in_peft("llama", sum=tmp_path / "sum"), inputs), expected)
 
 
+def test_a_weight_that_is_no_number_or_0_and_a_rank_that_compresses_nothing_are_told(
+    language: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for weight, says in {
+        "abc": "the weight 'abc' is no number",
+        "": "the weight '' is no number",
+        "0": "other than 0",
+    }.items():
+        assert here(monkeypatch, "mix", f"{language['a']}:{weight}", str(language["b"]), "--to", "sum") == 2
+        assert says in capsys.readouterr().err and not Path("sum").exists()
+    assert here(monkeypatch, "compress", str(language["a"]), "--rank", "64", "--to", "same") == 0
+    assert "so rank 64 compresses nothing" in capsys.readouterr().out
+
+
 def test_an_adapter_that_lies_in_the_folder_to_be_written_is_kept(
     language: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

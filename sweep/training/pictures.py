@@ -91,9 +91,7 @@ def decode(picture: Picture) -> Image:
     except Exception as error:  # Pillow raises many kinds; all mean that this is no image
         raise FieldError(("data.image", f"{picture.where} cannot be decoded: {first_line(error)}")) from None
     if turned.mode in ("I", "F"):
-        raise FieldError(
-            ("data.image", f"{picture.where} has 32 bits a pixel, of no known range; save it with 16")
-        )
+        raise FieldError(("data.image", f"{picture.where} has 32 bits a pixel, of no known range; save it with 16"))
     return rgb
 
 

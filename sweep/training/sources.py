@@ -38,8 +38,8 @@ def read_rows(settings: DataSettings, task: str) -> Rows:
     if place.hub_id is not None:
         return _hub(place.hub_id, {"train": settings.split, **named}, settings, columns)
     if settings.split != "train" or settings.config is not None:
-        field = "data.config" if settings.config is not None else "data.split"
-        raise FieldError((field, f"only a hub data set has it, and {settings.source} is local"))
+        field, default = ("data.config", "null") if settings.config is not None else ("data.split", "train")
+        raise FieldError((field, f"only a hub data set has it, and {settings.source} is local: set it to {default}"))
     if place.folder is not None or place.digits:
         if named:
             what = DIGITS if place.digits else "class folders"
