@@ -10,6 +10,7 @@ from sweep.study.arms import Arm
 SEARCH, CONFIRM = "search", "confirm"
 # States in which a trial's journal may end.
 COMPLETE, PRUNED, DIVERGED, FAILED = "complete", "pruned", "diverged", "failed"
+INFEASIBLE = "infeasible"  # does not fit on the device: a result, not a failure
 
 
 @dataclass(frozen=True)
