@@ -204,7 +204,7 @@ def test_the_bound_that_is_quoted_is_that_of_the_arm_that_stopped_the_sequence(t
     ]
     study = quickstart("confirm.finalists=arm")
     for arms in (swapped, swapped[::-1]):
-        first, _ = recommendation(study, replace(findings, arms=tuple(arms)))
+        first, *_ = recommendation(study, replace(findings, arms=tuple(arms)))
         assert f"may differ by up to +{stopped.to_reference.upper:.3f}" in first
 
 

@@ -49,7 +49,7 @@ def confirm_slots(study: Study, finalists: Finalists) -> tuple[Slot, ...]:
     arms = {arm.name: arm for arm in study.list_arms()}
     cells = [(arms[name], rate, seed) for name, rate in finalists for seed in study.confirm.seeds]
     return tuple(
-        Slot(index, confirm_slot(arm, seed), CONFIRM, arm, 0, rate, seed)
+        Slot(index, confirm_slot(arm, rate, seed), CONFIRM, arm, 0, rate, seed)
         for index, (arm, rate, seed) in enumerate(cells)
     )
 
@@ -58,15 +58,15 @@ def search_slot(arm: Arm, draw: int) -> str:
     return f"{SEARCH}/{arm.name}/{draw}"
 
 
-def confirm_slot(arm: Arm, seed: int) -> str:
-    return f"{CONFIRM}/{arm.name}/{seed}"
+def confirm_slot(arm: Arm, rate: float, seed: int) -> str:
+    return f"{CONFIRM}/{arm.name}/{rate!r}/{seed}"
 
 
 def finalist_groups(study: Study) -> dict[str, list[Arm]]:
     """The arms of which one each goes to the confirm phase, by the name a message gives the group."""
     groups: dict[str, list[Arm]] = {}
     for arm in study.list_arms():
-        if study.confirm.finalists == "arm":
+        if study.confirm.finalists != "rank":
             groups[f"arm {arm.name}"] = [arm]
         else:
             groups.setdefault(arm.group, []).append(arm)
@@ -78,8 +78,9 @@ def pick_finalists(
 ) -> tuple[Finalists, list[str]]:
     """For each rank, or each arm, the arm and rate with the lowest loss at the last rung; and a warning where none is.
 
-    An arm all of whose trials were pruned is represented by its trial with the most steps, and of those the lowest
-    loss. Diverged and failed trials are never finalists.
+    With finalists "rate" all rates of every arm, the one with the lowest loss first: it stands for the arm. An arm all
+    of whose trials were pruned is represented by its trial with the most steps, and of those the lowest loss. Diverged
+    and failed trials are never finalists.
     """
     measured: dict[str, list[tuple[int, float, int, float]]] = {}
     for slot in slots:
@@ -92,11 +93,18 @@ def pick_finalists(
     for name, arms in finalist_groups(study).items():
         entries = [(entry, arm.name) for arm in arms for entry in measured.get(arm.name, [])]
         if entries:
-            (_, _, _, rate), arm_name = min(entries)
-            finalists.append((arm_name, rate))
+            chosen = sorted(entries) if study.confirm.finalists == "rate" else [min(entries)]
+            finalists += [(arm_name, rate) for (_, _, _, rate), arm_name in chosen]
         else:
             warnings.append(f"{name} has no finalist: every trial of its search diverged or failed")
     return tuple(finalists), warnings
+
+
+def count_finalists(study: Study) -> int:
+    """How many finalists there are at most, before the search has chosen them."""
+    if study.confirm.finalists == "rate":
+        return sum(len(rate_values(study.rates(arm))) for arm in study.list_arms())
+    return len(finalist_groups(study))
 
 
 def rate_bounds(study: Study) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sweep.driver.plan import Finalists, finalist_groups
+from sweep.driver.plan import Finalists, count_finalists
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, SEARCH, Measurement
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import TrialRecord
@@ -64,7 +64,7 @@ def start_tally(study: Study, records: Iterable[TrialRecord], finalists: Finalis
 
 def confirm_trials(study: Study, finalists: Finalists) -> int:
     """How many trials the confirm phase has; before its finalists are known, how many it should have."""
-    return (len(finalists) or len(finalist_groups(study))) * len(study.confirm.seeds)
+    return (len(finalists) or count_finalists(study)) * len(study.confirm.seeds)
 
 
 def count_rung(tally: Tally, record: TrialRecord, measurement: Measurement) -> None:

@@ -122,5 +122,5 @@ def _derive_slots(journals: Sequence[TrialRecord]) -> dict[int, str]:
             slots[spec.number] = search_slot(spec.arm, draws[spec.arm.name])
             draws[spec.arm.name] += 1
         else:
-            slots[spec.number] = confirm_slot(spec.arm, spec.seed)
+            slots[spec.number] = confirm_slot(spec.arm, spec.learning_rate, spec.seed)
     return slots

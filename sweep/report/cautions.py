@@ -56,4 +56,4 @@ def cautions(
 def _called(study: Study, result: ArmResult) -> str:
     if result.arm.is_full:
         return "full fine-tuning"
-    return result.arm.name if study.confirm.finalists == "arm" else result.arm.group
+    return result.arm.group if study.confirm.finalists == "rank" else result.arm.name

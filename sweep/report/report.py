@@ -18,6 +18,7 @@ from sweep.report.search_figures import loss_by_rate, rank_by_ratio
 from sweep.report.sections import Section
 from sweep.report.statistics import find
 from sweep.report.tables import chance_line, confirmed_table, measured, search_table, write_trials
+from sweep.report.traps import power_line
 from sweep.report.words import rate, without_paths
 from sweep.study.file import dump_study
 from sweep.study.schema import Study
@@ -103,7 +104,7 @@ def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[D
         "figures": figures,
         "measured": measured(study, record, findings),
         "chance": chance_line(study, findings),
-        "table_note": _table_note(study),
+        "table_note": " ".join(filter(None, (_table_note(study), power_line(study, findings.power)))),
         "limits": _limits(study, record),
     }
 
@@ -111,10 +112,12 @@ def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[D
 def _table_note(study: Study) -> str:
     reference, epsilon = study.confirm.reference, f"{study.confirm.epsilon:g}"
     return (
-        f"Differences are paired by seed; a difference above 0 is a higher, worse loss. Non-inferior: shown to lie "
-        f"less than ε = {epsilon} above rank {reference} (one-sided paired t test at 5 %, from the largest rank down, "
-        f"stopping at the first that is not shown). Inferior: shown to lie more than ε above it (the same test, with "
-        f"Holm's correction). The intervals are two-sided at 95 % and so a little wider than what these tests need. "
+        "Differences are paired by seed; a difference above 0 is a higher, worse loss. "
+        f"Non-inferior: shown to lie less than ε = {epsilon} above rank {reference}, or above full fine-tuning "
+        "(one-sided paired t test at 5 %, from the largest rank down, stopping at the first that is not shown). "
+        "Inferior: shown to lie more than ε above it (the same test, with Holm's correction). "
+        "The two comparisons are two families of tests, each at 5 %. "
+        "The intervals are two-sided at 95 % and so a little wider than what these tests need. "
         "Memory, step time and parameters are from solo probes."
         + (" Forgetting: the rise of the loss on source text; above 0 is forgotten." if study.forgetting else "")
     )

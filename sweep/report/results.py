@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sweep.report.intervals import Interval
+from sweep.report.power import Power
 from sweep.report.search import Edge, SearchRow
 from sweep.study.arms import Arm
 from sweep.study.records import Cost
@@ -31,6 +32,8 @@ class ArmResult:
     verdict: str | None  # non-inferior, inferior, inconclusive, reference; None for full, or without a reference
     in_sequence: bool  # tested in the fixed sequence, or the reference that heads it
     note: str  # why the verdict is what it is, where that is not plain
+    full_verdict: str | None  # the same against full fine-tuning; None for full itself, or without it
+    full_note: str
     diverged_seeds: tuple[int, ...]  # left out of the means
     failed_seeds: tuple[int, ...]  # left out of the means
     trainable_params: int | None
@@ -49,7 +52,8 @@ class Findings:
     unlearned: str | None  # the arm that is not shown to be better than that, for which nothing is recommended
     recommended: str | None  # arm name
     recommended_trial: int | None  # its confirm trial with the lowest validation loss
-    sentences: tuple[str, str]  # the recommendation
+    power: Power | None  # what so many seeds could show; None where no two pairs are there
+    sentences: tuple[str, ...]  # the recommendation: what to use, what that saves and loses, what is not known
     warnings: tuple[str, ...]
     finished: bool
     ended: int  # trials that ended, of

@@ -1,15 +1,15 @@
-"""The recommendation in two sentences: what to use and why, and what it saves and costs."""
+"""The recommendation in three sentences: what to use and why, what it saves and loses, and what is not known."""
 
 from __future__ import annotations
 
-from sweep.report.intervals import Interval
+from sweep.report.intervals import INCONCLUSIVE, NON_INFERIOR, Interval
 from sweep.report.results import ArmResult, Findings
-from sweep.report.words import arm_title, join, loss_decimals, number, plural, rate, share, signed, span
+from sweep.report.words import apart, arm_title, join, loss_decimals, number, plural, rate, share, signed, span
 from sweep.study.schema import Study
 
 
-def recommendation(study: Study, findings: Findings) -> tuple[str, str]:
-    """Two sentences made of the findings alone, so that the same data always give the same words."""
+def recommendation(study: Study, findings: Findings) -> tuple[str, ...]:
+    """Sentences made of the findings alone, so that the same data always give the same words."""
     pick = findings.result(findings.recommended)
     so_far = "" if findings.finished else f"Not final, {findings.ended} of {findings.planned} trials: "
     unlearned = findings.result(findings.unlearned)
@@ -22,7 +22,8 @@ def recommendation(study: Study, findings: Findings) -> tuple[str, str]:
         first = _stay(study, findings, pick)
     else:
         first = _go_smaller(study, pick)
-    return so_far + (_lower(first) if so_far else first), _saves_and_loses(study, findings, pick)
+    first = so_far + (_lower(first) if so_far else first)
+    return first, _saves_and_loses(study, findings, pick), _not_known(study, findings, pick)
 
 
 def _nothing_yet(study: Study, findings: Findings) -> tuple[str, str]:
@@ -85,7 +86,7 @@ def _stay(study: Study, findings: Findings, pick: ArmResult) -> str:
             f"(one-sided 95 % bound over {plural(pairs.n, 'paired seed')})"
         )
     # Arms that search did not choose may be shown so outside the sequence; they are not recommended.
-    ranks = "arm of the sequence" if study.confirm.finalists == "arm" else "rank"
+    ranks = "rank" if study.confirm.finalists == "rank" else "arm of the sequence"
     epsilon = f"{study.confirm.epsilon:g}"
     return f"{opening}: no smaller {ranks} was shown non-inferior to it within the declared ε of {epsilon}{reason}."
 
@@ -99,7 +100,7 @@ def _saves_and_loses(study: Study, findings: Findings, pick: ArmResult) -> str:
         if needs:
             parts.append(f"against rank {reference.arm.r} it needs {needs}")
     if full is not None and pick.to_full is not None:
-        needs, loses = _needs(pick, full), _loses(pick.to_full, loss_decimals(study.confirm.epsilon))
+        needs, loses = _needs(pick, full), _loses(study, pick, pick.to_full)
         parts.append(f"against full fine-tuning {f'it needs {needs}, and ' if needs else ''}{loses}")
     elif full is None:
         missing = "has no confirmed loss" if study.arms.full_finetuning else "was not part of this study"
@@ -115,16 +116,37 @@ def _needs(ours: ArmResult, theirs: ArmResult) -> str:
         parts.append(f"{share(ours.trainable_params, theirs.trainable_params)} of the trainable parameters")
     if ours.cost and theirs.cost and theirs.cost.peak_memory_bytes:
         parts.append(f"{share(ours.cost.peak_memory_bytes, theirs.cost.peak_memory_bytes)} of the peak memory")
+    if ours.cost and theirs.cost and theirs.cost.step_time_s:
+        parts.append(f"{share(ours.cost.step_time_s, theirs.cost.step_time_s)} of the time a step")
     if ours.cost and theirs.cost and theirs.cost.adapter_bytes:
         parts.append(f"{share(ours.cost.adapter_bytes, theirs.cost.adapter_bytes)} of the disk space")
     return join(parts) if parts else ""
 
 
-def _loses(pairs: Interval, decimals: int) -> str:
+def _loses(study: Study, pick: ArmResult, pairs: Interval) -> str:
+    decimals = loss_decimals(study.confirm.epsilon)
     ends = span(pairs.low, pairs.high, decimals, plus=True)
     sure = f"95 % interval {ends}, {pairs.n} paired seeds" if ends else "one paired seed: no interval"
     side = "higher" if pairs.mean >= 0 else "lower"
-    return f"its test loss is {number(abs(pairs.mean), decimals)} {side} ({sure})"
+    verdict = f"{pick.full_verdict} within ε" if pick.full_verdict == NON_INFERIOR else f"{pick.full_verdict}"
+    return f"its test loss is {number(abs(pairs.mean), decimals)} {side} ({sure}): {verdict}"
+
+
+def _not_known(study: Study, findings: Findings, pick: ArmResult) -> str:
+    """What the evidence leaves open, of this recommendation."""
+    unknown = []
+    rivals = [arm for arm in study.list_arms() if arm.group == pick.arm.group and arm.name != pick.arm.name]
+    if rivals and study.confirm.finalists == "rank":
+        rest = f"{arm_title(pick.arm, study.list_arms())} beats {join([apart(a, study.list_arms()) for a in rivals])}"
+        unknown.append(f"whether {rest}, since search chose between them on one seed")
+    edge = next((e for e in findings.edges if e.arm == pick.arm.name), None)
+    if edge is not None:
+        beyond = "above" if edge.side == "upper" else "below"
+        unknown.append(f"whether a learning rate {beyond} {rate(edge.learning_rate)}, the edge of its grid, is better")
+    if pick.full_verdict == INCONCLUSIVE:
+        unknown.append("whether full fine-tuning is better by more than ε")
+    unknown.append(f"how it is beyond {study.train.steps} steps, or with another split, data set or model")
+    return f"Not known: {'; '.join(unknown)}."
 
 
 def _setting(study: Study, result: ArmResult) -> str:

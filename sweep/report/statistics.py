@@ -6,12 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from sweep.report.cautions import cautions, first_unlearned
 from sweep.report.forgetting import at_the_end
 from sweep.report.intervals import NON_INFERIOR, REFERENCE, Interval, judge, t_interval
+from sweep.report.power import power
 from sweep.report.results import ArmResult, Findings
 from sweep.report.search import SearchRow, edge_warnings, find_edges, search_rows
 from sweep.report.sentences import recommendation
+from sweep.report.test_rows import read_test_rows
+from sweep.report.traps import (
+    few_seeds,
+    pruned_while_catching_up,
+    same_effective_rate,
+    small_test_set,
+    still_falling,
+)
 from sweep.report.truncation import truncation_warnings
 from sweep.report.words import join, plural, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
@@ -31,7 +42,7 @@ def find(study: Study, record: StudyRecord) -> Findings:
     are reached. The recommendation is the smallest rank shown non-inferior to the reference, or else the reference;
     nothing, when either is not shown to be better than always answering by the labels' frequencies.
     """
-    rows = search_rows(study, record)
+    rows, epsilon = search_rows(study, record), study.confirm.epsilon
     results = _compare(
         [_result(study, record, arm) for arm in study.list_arms() if _in_confirm(record, arm)], study, rows
     )
@@ -44,6 +55,10 @@ def find(study: Study, record: StudyRecord) -> Findings:
         recommended = None
     edges = find_edges(study, rows)
     ended, planned = sum(t.state is not None for t in record.trials), _planned(study, record)
+    found = power(
+        [_paired(r, reference) for r in results if reference and r.in_sequence and r is not reference], epsilon
+    )
+    trials = {r.arm.name: confirm_trials(record, r.arm) for r in results}
     findings = Findings(
         arms=tuple(results),
         search=rows,
@@ -54,10 +69,16 @@ def find(study: Study, record: StudyRecord) -> Findings:
         unlearned=unlearned,
         recommended=recommended.arm.name if recommended else None,
         recommended_trial=_best_trial(record, recommended.arm) if recommended else None,
-        sentences=("", ""),
+        power=found,
+        sentences=(),
         warnings=(
             *cautions(study, results, recommended, {r.arm.name: paired_interval(r, recommended) for r in results}),
+            *few_seeds(study, found),
+            *small_test_set(study, results, reference, {r.arm.name: _test_rows(record, r) for r in results}),
             *edge_warnings(edges),
+            *same_effective_rate(rows),
+            *still_falling(study, results, trials),
+            *pruned_while_catching_up(study, record),
             *_warnings(study, record, results, rows),
         ),
         finished=record.finished_at is not None,
@@ -68,7 +89,10 @@ def find(study: Study, record: StudyRecord) -> Findings:
 
 
 def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
-    return [t for t in record.trials if t.spec.phase == CONFIRM and t.spec.arm.name == arm.name]
+    """The arm's trials at the rate that search chose for it: where all rates are confirmed, the first of them."""
+    trials = [t for t in record.trials if t.spec.phase == CONFIRM and t.spec.arm.name == arm.name]
+    chosen = next((rate for name, rate in record.finalists if name == arm.name), None)
+    return [t for t in trials if chosen is None or t.spec.learning_rate == chosen]
 
 
 def confirmed_of_ranks(study: Study, record: StudyRecord) -> dict[int, Arm]:
@@ -114,6 +138,8 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
         verdict=None,
         in_sequence=False,
         note="",
+        full_verdict=None,
+        full_note="",
         diverged_seeds=tuple(t.spec.seed for t in trials if t.state == DIVERGED),
         failed_seeds=tuple(t.spec.seed for t in trials if t.state == FAILED),
         trainable_params=cost.trainable_params if cost else known,
@@ -123,43 +149,49 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
 
 
 def _compare(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRow]) -> list[ArmResult]:
-    """Differences to full fine-tuning and to the reference, and the verdicts."""
+    """Differences to full fine-tuning and to the reference, and the verdicts: two families of tests, each at 5 %."""
     full = next((r for r in results if r.arm.is_full), None)
     chosen = _chosen_of_ranks(results, study, rows)
     reference = chosen.get(study.confirm.reference)
     if reference is not None and not reference.seeds:
         reference = None
+    sequence = _sequence(chosen, reference)
+    names = [r.arm.name for r in sequence]
     judged: dict[str, tuple[str, str]] = {}
-    in_sequence = {r.arm.name for r in _sequence(chosen, reference)}
     if reference is not None:
-        judged = _judge(results, chosen, reference, study.confirm.epsilon)
+        aside = [r for r in results if r.arm.name not in names and not r.arm.is_full]
+        judged = _judge(sequence[1:], aside, reference, study.confirm.epsilon)
         judged[reference.arm.name] = (REFERENCE, "")
+    to_full: dict[str, tuple[str, str]] = {}
+    if full is not None and full.seeds:
+        aside = [r for r in results if r.arm.name not in names and not r.arm.is_full]
+        to_full = _judge(sequence, aside, full, study.confirm.epsilon)
     compared = []
     for result in results:
         verdict, note = judged.get(result.arm.name, (None, ""))
+        full_verdict, full_note = to_full.get(result.arm.name, (None, ""))
         compared.append(
             replace(
                 result,
                 to_full=paired_interval(result, full),
                 to_reference=paired_interval(result, reference),
                 verdict=verdict,
-                in_sequence=result.arm.name in in_sequence,
+                in_sequence=result.arm.name in names,
                 note=note,
+                full_verdict=full_verdict,
+                full_note=full_note,
             )
         )
     return compared
 
 
 def _judge(
-    results: Sequence[ArmResult], chosen: Mapping[int, ArmResult], reference: ArmResult, epsilon: float
+    sequence: Sequence[ArmResult], aside: Sequence[ArmResult], against: ArmResult, epsilon: float
 ) -> dict[str, tuple[str, str]]:
-    """(verdict, note) by arm name."""
-    _, *sequence = _sequence(chosen, reference)
-    placed = {r.arm.name for r in (*sequence, reference)}
-    aside = [r for r in results if r.arm.name not in placed and not r.arm.is_full]
+    """(verdict, note) by arm name, of each arm's paired differences to `against`."""
     diverged = {i for i, r in enumerate((*sequence, *aside)) if r.diverged_seeds}
     in_order, side_by_side, stopped = judge(
-        [_paired(r, reference) for r in sequence], [_paired(r, reference) for r in aside], epsilon, diverged
+        [_paired(r, against) for r in sequence], [_paired(r, against) for r in aside], epsilon, diverged
     )
     verdicts = {}
     for i, (r, v) in enumerate(zip(sequence, in_order, strict=True)):
@@ -224,6 +256,12 @@ def _recommend(results: Sequence[ArmResult], study: Study, rows: Sequence[Search
     return None
 
 
+def _test_rows(record: StudyRecord, result: ArmResult) -> list[dict[str, np.ndarray]]:
+    """One for each of the result's seeds, in their order."""
+    by_seed = {t.spec.seed: t for t in confirm_trials(record, result.arm)}
+    return read_test_rows([by_seed[seed] for seed in result.seeds])
+
+
 def _best_trial(record: StudyRecord, arm: Arm) -> int | None:
     """Chosen by validation loss: the test split reports and never chooses."""
     scored = [
@@ -237,9 +275,8 @@ def _best_trial(record: StudyRecord, arm: Arm) -> int | None:
 def _planned(study: Study, record: StudyRecord) -> int:
     arms = study.list_arms()
     searches = sum(len(rate_values(study.rates(arm))) for arm in arms)
-    finalists = len(record.finalists)
-    if not finalists:
-        finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.group for arm in arms})
+    unknown = {"rank": len({arm.group for arm in arms}), "arm": len(arms), "rate": searches}
+    finalists = len(record.finalists) or unknown[study.confirm.finalists]
     return searches + finalists * len(study.confirm.seeds)
 
 

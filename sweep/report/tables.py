@@ -63,6 +63,13 @@ TRIAL_COLUMNS = [
 ]
 
 
+FINALISTS = {
+    "rank": "one finalist for each rank",
+    "arm": "every arm at its best rate",
+    "rate": "every arm at each of its rates",
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     text: str
@@ -91,7 +98,7 @@ def confirmed_table(study: Study, findings: Findings) -> Table:
         "Test loss",
         findings.arms[0].metric_name.capitalize() if findings.arms else "Metric",
         *(["Forgetting"] if forgets else []),
-        "Difference to full fine-tuning",
+        "Against full fine-tuning",
         f"Against rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}",
         "Trainable parameters",
         "Peak memory",
@@ -202,7 +209,7 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
         ),
         (
             "Confirm",
-            f"seeds {', '.join(map(str, study.confirm.seeds))}, one finalist for each {study.confirm.finalists}; "
+            f"seeds {', '.join(map(str, study.confirm.seeds))}, {FINALISTS[study.confirm.finalists]}; "
             f"reference rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}, both declared before the run",
         ),
     ]
@@ -225,23 +232,27 @@ def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) ->
     about = f"rate {rate(result.learning_rate)}, {plural(len(result.seeds), 'seed')}"
     gone = [(result.diverged_seeds, DIVERGED), (result.failed_seeds, FAILED)]
     about += "".join(f", {len(seeds)} {what}" for seeds, what in gone if seeds)
-    full, reference = (
-        ("–", "") if d is None else (signed(d.mean, decimals), span(d.low, d.high, decimals, plus=True))
-        for d in (result.to_full, result.to_reference)
-    )
-    against = "" if result.to_reference is None else f"{reference[0]}{f' ({reference[1]})' if reference[1] else ''}"
+    to_full, against = (_difference(d, decimals) for d in (result.to_full, result.to_reference))
     return (
         Cell(arm_title(result.arm, study.list_arms()), about),
         Cell(number(result.loss_mean, decimals), span(result.loss_low, result.loss_high, decimals)),
         Cell(metric(name, result.metric_mean), metric_span(name, result.metric_low, result.metric_high)),
         *([change(result.forgetting, decimals)] if forgets else []),
-        Cell(*full),
+        Cell(result.full_verdict or "–", to_full, result.full_note),
         Cell(result.verdict or "–", against, result.note),
         Cell(count(result.trainable_params)),
         Cell(size(cost.peak_memory_bytes if cost else None)),
         Cell(duration(cost.step_time_s if cost else None)),
         Cell(size(cost.adapter_bytes if cost else None)),
     )
+
+
+def _difference(found: Interval | None, decimals: int) -> str:
+    """ "−0.022 (−0.073 to +0.029)"."""
+    if found is None:
+        return ""
+    ends = span(found.low, found.high, decimals, plus=True)
+    return signed(found.mean, decimals) + (f" ({ends})" if ends else "")
 
 
 def change(found: Interval | None, decimals: int) -> Cell:

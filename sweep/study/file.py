@@ -117,7 +117,7 @@ def dump_study(study: Study) -> str:
 
 def what_changed(before: str, after: str) -> list[str]:
     """The keys in which two dumps ask another question, as it ran (-) and as asked now (+); `storage` may move, and
-    `rank_use` looks at what has been trained."""
+    `rank_use` and `published` look at what has been trained."""
     ran, asked = _asked(before), _asked(after)
     lines = []
     for key in [*ran, *(key for key in asked if key not in ran)]:
@@ -135,7 +135,7 @@ def _asked(dump: str) -> dict[str, Any]:
         raw = Study.model_validate(raw).model_dump(mode="json")
     asked = dict(_flat(raw, ""))
     asked.pop("storage", None)
-    return {key: value for key, value in asked.items() if key.split(".")[0] != "rank_use"}
+    return {key: value for key, value in asked.items() if key.split(".")[0] not in ("rank_use", "published")}
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:

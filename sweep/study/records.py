@@ -186,6 +186,7 @@ class Measurement:
     pack_size: int
     pack_seconds: float  # wall time of the whole pack's rung: joint, never a trial's own
     tokens: int  # of this trial in this rung, padding not counted; of images their number
+    test_rows: str = ""  # file with the losses of the test rows, one by one, relative to the trial's folder
     # Where the study asks about forgetting, in the confirm phase:
     forgetting_loss: float | None = None  # on the text of the source domain, after the rung
     eval_loss_at_start: float | None = None  # of the first rung: validation loss before any step

@@ -213,7 +213,7 @@ class Search(Strict):
 
 class Confirm(Strict):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    finalists: Literal["rank", "arm"] = "rank"
+    finalists: Literal["rank", "arm", "rate"] = "rank"  # each rank's best, every arm, or every arm at each of its rates
     reference: Count
     epsilon: Positive
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS, OPTIMIZER, INFO = "weights.safetensors", "optimizer.safetensors", "checkpoint.json"
+TEST_ROWS = "test-rows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ def save_checkpoint(trial_folder: Path, checkpoint: Checkpoint, info: dict[str, 
     os.replace(half, folder)
     _sync_folder(folder.parent)
     return name
+
+
+def save_test_rows(trial_folder: Path, rows: dict[str, Tensor]) -> str:
+    """Write a trial's losses row by row, beside its journal; returns the file's name there. Raises OSError."""
+    half = trial_folder / f".tmp-{TEST_ROWS}"
+    _save(rows, half)
+    os.replace(half, trial_folder / TEST_ROWS)
+    return TEST_ROWS
 
 
 def load_checkpoint(trial_folder: Path, step: int) -> Checkpoint:

@@ -28,7 +28,16 @@ from sweep.training.base import DTYPES, find_device, has_plain_head, load_base
 from sweep.training.batches import Batch
 from sweep.training.locate import ModelPlace, load_tokenizer, quiet
 from sweep.training.source_text import HeldOutText, has_masked_head, load_source_text
-from sweep.training.tasks import CAUSAL_LM, CLASSIFICATION, Scores, evaluate, evaluation_batches, summarise, tell_pass
+from sweep.training.tasks import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    Scores,
+    evaluate,
+    evaluation_batches,
+    summarise,
+    sums_by_row,
+    tell_pass,
+)
 
 
 @dataclass(frozen=True)
@@ -125,14 +134,8 @@ def _masked_scores(model: Any, batch: Batch, trials: int, mask_token_id: int) ->
     mask_RT = torch.from_numpy(batch.attention_mask_RT).to(device)
     logits_RTV = model(input_ids=ids_RT.masked_fill(hidden_RT, mask_token_id), attention_mask=mask_RT).logits
     logits_MV, wanted_M = logits_RTV[hidden_RT].float(), ids_RT[hidden_RT]
-    trial_R = torch.arange(trials, device=device).repeat_interleave(len(ids_RT) // trials)
-    trial_M = trial_R[:, None].expand_as(hidden_RT)[hidden_RT]
-    zeros_K = torch.zeros(trials, device=device)
-    return Scores(
-        zeros_K.index_add(0, trial_M, cross_entropy(logits_MV, wanted_M, reduction="none")),
-        zeros_K.index_add(0, trial_M, (logits_MV.argmax(-1) == wanted_M).float()),
-        hidden_RT.reshape(trials, -1).sum(1),
-    )
+    loss_M = cross_entropy(logits_MV, wanted_M, reduction="none")
+    return sums_by_row(loss_M, (logits_MV.argmax(-1) == wanted_M).float(), hidden_RT, trials)
 
 
 def adapted_losses(

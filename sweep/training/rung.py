@@ -24,7 +24,7 @@ from sweep.study.arms import Arm
 from sweep.study.records import CONFIRM, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
 from sweep.training.base import Base, adapter_of, load_base, target_layers
 from sweep.training.batches import AnyBatch, collate, split_batch, step_rows
-from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_test_rows
 from sweep.training.data import AnySplit, TokenisedData, load_data
 from sweep.training.forgetting import (
     LanguageModel,
@@ -37,7 +37,16 @@ from sweep.training.full import start_full
 from sweep.training.locate import ModelPlace
 from sweep.training.scratch import find_base
 from sweep.training.source_text import load_source_text
-from sweep.training.tasks import CAUSAL_LM, evaluate, score, target_counts, tell_pass
+from sweep.training.tasks import (
+    CAUSAL_LM,
+    Scores,
+    evaluation_passes,
+    row_losses,
+    score,
+    summarise,
+    target_counts,
+    tell_pass,
+)
 
 
 class Trainee(Protocol):
@@ -112,7 +121,8 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
             tokens += tokens_K
         losses_KS, alive_KS = torch.stack(losses, 1).cpu().tolist(), torch.stack(alive, 1).cpu()
         scores = held_out_scores(trainee, data.validation, setup, unit.prepared)
-        tests = held_out_scores(trainee, data.test, setup, unit.prepared) if unit.test else None
+        passes = held_out_passes(trainee, data.test, setup, unit.prepared) if unit.test else None
+        tests = summarise(passes, setup.task) if passes else None
         source = source_losses(trainee, trials, setup, unit.prepared) if forgets else None
 
         found = {}
@@ -143,6 +153,7 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
                     test_metrics={"test_loss": tests[k]["loss"], **_named("test", tests[k])} if tests else {},
                     checkpoint=save_checkpoint(Path(trial.folder), Checkpoint(unit.stop, weights, moments), info),
                     diverged_at=None,
+                    test_rows=save_test_rows(Path(trial.folder), row_losses(passes, k)) if passes else "",
                     forgetting_loss=source[k] if source else None,
                     eval_loss_at_start=fresh[k]["loss"] if fresh and np.isfinite(fresh[k]["loss"]) else None,
                 )
@@ -248,9 +259,14 @@ def timed_steps(
 
 def held_out_scores(trainee: Trainee, split: AnySplit, setup: Setup, prepared: Prepared) -> list[dict[str, float]]:
     """Every trial on all rows of a split; see `summarise`."""
-    pad_token_id, told = tokenised(setup).pad_token_id, _told(trainee)
+    return summarise(held_out_passes(trainee, split, setup, prepared), setup.task)
+
+
+def held_out_passes(trainee: Trainee, split: AnySplit, setup: Setup, prepared: Prepared) -> list[Scores]:
+    """The same row by row."""
+    pad_token_id, told, task = tokenised(setup).pad_token_id, _told(trainee), setup.task
     with _autocast(trainee, prepared):
-        return evaluate(trainee.model, split, setup.task, trainee.trials, pad_token_id, trainee.plain_head, told)
+        return evaluation_passes(trainee.model, split, task, trainee.trials, pad_token_id, trainee.plain_head, told)
 
 
 def source_losses(trainee: Trainee, trials: list[TrialSpec], setup: Setup, prepared: Prepared) -> list[float]:

@@ -27,11 +27,19 @@ CHUNK_LOGITS = 2**23  # of the output layer at a time
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over rows (classification) or target tokens (causal-lm), by trial."""
+    """Sums over rows (classification) or target tokens (causal-lm), by trial and by row of a trial."""
 
-    loss_K: Tensor
+    loss_Kb: Tensor
     correct_K: Tensor
-    count_K: Tensor
+    count_Kb: Tensor
+
+    @property
+    def loss_K(self) -> Tensor:
+        return self.loss_Kb.sum(1)
+
+    @property
+    def count_K(self) -> Tensor:
+        return self.count_Kb.sum(1)
 
 
 def score(model: Any, batch: AnyBatch, task: str, trials: int, plain_head: bool = False) -> Scores:
@@ -46,8 +54,8 @@ def score(model: Any, batch: AnyBatch, task: str, trials: int, plain_head: bool 
         logits_RC = model(**inputs).logits.float()
         loss_R = cross_entropy(logits_RC, labels, reduction="none")
         correct_R = (logits_RC.argmax(-1) == labels).float()
-        rows_K = torch.full((trials,), len(labels) // trials, device=device)
-        return Scores(loss_R.view(trials, -1).sum(1), correct_R.view(trials, -1).sum(1), rows_K)
+        loss_Kb = loss_R.view(trials, -1)
+        return Scores(loss_Kb, correct_R.view(trials, -1).sum(1), torch.ones_like(loss_Kb))
     target_RT = labels[:, 1:]  # position t predicts token t + 1
     wanted_M = inputs["input_ids"][:, 1:][target_RT]
     output = model.get_output_embeddings()
@@ -59,13 +67,17 @@ def score(model: Any, batch: AnyBatch, task: str, trials: int, plain_head: bool 
             loss_M, correct_M = _FrozenHeadLoss.apply(hidden_MH, output.weight, output.bias, wanted_M)
     else:
         loss_M, correct_M = _token_loss(model(**inputs, use_cache=False).logits[:, :-1][target_RT].float(), wanted_M)
-    trial_M = torch.arange(trials, device=device).repeat_interleave(len(labels) // trials)
-    trial_M = trial_M[:, None].expand_as(target_RT)[target_RT]
-    zeros_K = torch.zeros(trials, device=device)
+    return sums_by_row(loss_M, correct_M, target_RT, trials)
+
+
+def sums_by_row(loss_M: Tensor, correct_M: Tensor, target_RT: Tensor, trials: int) -> Scores:
+    """Scores of K·b rows, ordered by trial, from those of the M places where target_RT is true."""
+    zeros_R = torch.zeros(len(target_RT), device=target_RT.device)
+    row_M = torch.arange(len(target_RT), device=target_RT.device)[:, None].expand_as(target_RT)[target_RT]
     return Scores(
-        zeros_K.index_add(0, trial_M, loss_M),
-        zeros_K.index_add(0, trial_M, correct_M),
-        target_RT.reshape(trials, -1).sum(1),
+        zeros_R.index_add(0, row_M, loss_M).view(trials, -1),
+        zeros_R.index_add(0, row_M, correct_M).view(trials, -1).sum(1),
+        target_RT.sum(1).view(trials, -1),
     )
 
 
@@ -151,12 +163,33 @@ def evaluate(
     told: ForwardPass | None = None,
 ) -> list[dict[str, float]]:
     """Every trial on all rows of a split; see `summarise`. told: the installed pack's, None where there is none."""
+    return summarise(evaluation_passes(model, split, task, trials, pad_token_id, plain_head, told), task)
+
+
+def evaluation_passes(
+    model: Any,
+    split: AnySplit,
+    task: str,
+    trials: int,
+    pad_token_id: int,
+    plain_head: bool = False,
+    told: ForwardPass | None = None,
+) -> list[Scores]:
+    """As `evaluate`, row by row: the rows stand in one order whatever the number of trials."""
     found = []
     for batch in evaluation_batches(model, split, task, trials, pad_token_id):
         tell_pass(told, batch, None)
         with torch.no_grad():
             found.append(score(model, batch, task, trials, plain_head))
-    return summarise(found, task)
+    return found
+
+
+def row_losses(passes: Sequence[Scores], trial: int) -> dict[str, Tensor]:
+    """One trial's `loss` (sum) and `targets` (rows or tokens that the sum is over) of each row, float32 (R,)."""
+    return {
+        "loss": torch.cat([scores.loss_Kb[trial].float().cpu() for scores in passes]),
+        "targets": torch.cat([scores.count_Kb[trial].float().cpu() for scores in passes]),
+    }
 
 
 def tell_pass(told: ForwardPass | None, batch: AnyBatch, step: int | None, first_row: int = 0) -> None:

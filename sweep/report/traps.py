@@ -1,0 +1,195 @@
+"""Traps that a comparison of arms falls into, found in its records and told by name.
+
+Each function returns sentences; none where the trap is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from scipy import stats
+
+from sweep.report.intervals import INFERIOR, LEVEL, NON_INFERIOR, t_interval
+from sweep.report.power import Power
+from sweep.report.results import ArmResult
+from sweep.report.search import SearchRow
+from sweep.report.words import join, loss_decimals, number, plural, rate
+from sweep.study.records import COMPLETE, PRUNED, SEARCH
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord, TrialRecord
+
+SAME = 1.1  # two effective rates whose quotient is smaller are called the same
+TAIL = 0.1  # of the steps: what this many more would still bring
+MOST_TOLD = 3  # trials named in one sentence
+
+Rows = Mapping[str, np.ndarray]  # of a trial's test set: "loss" (a sum) and "targets", one each a row
+
+
+def same_effective_rate(rows: Sequence[SearchRow]) -> list[str]:
+    """Arms that differ in alpha alone, and whose best rates in the search make up for it.
+
+    To choose between them is to choose between two learning rates: under AdamW another alpha is nearly another rate
+    (exactly, another rate of B alone).
+    """
+    told = []
+    for a, b in combinations([row for row in rows if row.arm.r and row.best_rate], 2):
+        alike = (a.arm.cost_key, a.arm.alpha_pattern) == (b.arm.cost_key, b.arm.alpha_pattern)
+        first, second = float(a.best_rate or 0), float(b.best_rate or 0)
+        ours, theirs = a.arm.scaling * first, b.arm.scaling * second
+        if alike and max(ours, theirs) / min(ours, theirs) < SAME:
+            told.append(
+                f"{a.arm.name} at {rate(first)} and {b.arm.name} at {rate(second)}, their best rates, differ in alpha "
+                f"alone and have the same scaling × learning rate ({rate(ours)}): to prefer one of them is hardly more "
+                "than to prefer a learning rate."
+            )
+    return told
+
+
+def few_seeds(study: Study, found: Power | None) -> list[str]:
+    """A margin that so few seeds would rarely show, even of an arm that is truly as good."""
+    epsilon = study.confirm.epsilon
+    if found is None or found.epsilon <= epsilon:
+        return []
+    decimals = loss_decimals(epsilon)
+    more = f"about {found.seeds_needed} seeds" if found.seeds_needed else "more seeds than one would run"
+    return [
+        f"{plural(found.seeds, 'confirm seed')}: with paired differences that spread as here (standard deviation "
+        f"{number(found.sd, decimals)}) an ε of {number(found.epsilon, decimals)} could have been shown with a chance "
+        f"of 80 % for an arm that is truly as good; the declared ε of {epsilon:g} wants {more}. "
+        "That an arm is inconclusive says little."
+    ]
+
+
+def small_test_set(
+    study: Study, results: Sequence[ArmResult], reference: ArmResult | None, rows: Mapping[str, Sequence[Rows]]
+) -> list[str]:
+    """Claims that other test rows might overturn. rows: by arm name, one for each of its seeds.
+
+    Seeds share the test rows, so that an interval over seeds does not hold this uncertainty. Of each row the
+    difference to the reference is taken, as the mean over the seeds; the mean over rows is a ratio of sums, and its
+    standard error that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.13).
+    """
+    epsilon, decimals, told = study.confirm.epsilon, loss_decimals(study.confirm.epsilon), []
+    for result in results:
+        if reference is None or result.verdict not in (NON_INFERIOR, INFERIOR):
+            continue
+        theirs = dict(zip(reference.seeds, rows.get(reference.arm.name, ()), strict=False))
+        ours = dict(zip(result.seeds, rows.get(result.arm.name, ()), strict=False))
+        seeds = [seed for seed in ours if seed in theirs]
+        if not seeds:
+            continue
+        targets_R = ours[seeds[0]]["targets"].astype(float)
+        loss_R = np.mean([ours[s]["loss"].astype(float) - theirs[s]["loss"].astype(float) for s in seeds], axis=0)
+        mean, error = ratio_of_sums(loss_R, targets_R)
+        half = float(stats.t.ppf(1 - LEVEL, len(loss_R) - 1)) * error
+        claim = result.verdict == NON_INFERIOR
+        end = mean + half if claim else mean - half
+        if (end < epsilon) == claim:
+            continue
+        needed = math.ceil(len(loss_R) * (half / (epsilon - mean)) ** 2)
+        told.append(
+            f"{result.arm.name}: that it is {result.verdict} rests on {plural(len(loss_R), 'test row')}, too few for "
+            f"the claim: over rows its difference to rank {reference.arm.r} may be as "
+            f"{'large' if claim else 'small'} as {number(end, decimals)} (one-sided 95 % bound), on the "
+            f"other side of ε = {epsilon:g}. "
+            f"About {needed:,} rows would do."
+        )
+    return told
+
+
+def ratio_of_sums(loss_R: np.ndarray, targets_R: np.ndarray) -> tuple[float, float]:
+    """Σ loss / Σ targets and its standard error over rows."""
+    n, total = len(loss_R), float(targets_R.sum())
+    mean = float(loss_R.sum()) / total
+    if n < 2:
+        return mean, math.inf
+    rest_R = loss_R - mean * targets_R
+    return mean, math.sqrt(n / (n - 1) * float((rest_R**2).sum())) / total
+
+
+def still_falling(study: Study, results: Sequence[ArmResult], trials: Mapping[str, Sequence[TrialRecord]]) -> list[str]:
+    """Arms whose validation loss still fell at the last step, by more than half of ε for a tenth of the steps more.
+
+    From the last two rungs, paired by seed: a fall that a t-interval shows to be one.
+    """
+    epsilon, decimals, arms = study.confirm.epsilon, loss_decimals(study.confirm.epsilon), []
+    pace = 0.0
+    for result in results:
+        falls = []
+        for trial in trials.get(result.arm.name, ()):
+            if trial.state == COMPLETE and len(trial.eval_curve) > 1:
+                (before, was), (after, now) = trial.eval_curve[-2:]
+                falls.append((was - now) / (after - before) * TAIL * study.train.steps)
+        interval = t_interval(falls) if falls else None
+        if interval is None or interval.mean < epsilon / 2 or (interval.low is not None and interval.low <= 0):
+            continue
+        arms.append(result.arm.name)
+        pace = max(pace, interval.mean)
+    if not arms:
+        return []
+    return [
+        f"{join(arms)}: the validation loss was still falling over the last rung, at a pace of up to "
+        f"{number(pace, decimals)} for each tenth of the {study.train.steps} steps (ε is {epsilon:g}): longer training "
+        "may change the losses and their order."
+    ]
+
+
+def pruned_while_catching_up(study: Study, record: StudyRecord) -> list[str]:
+    """Pruned trials that were catching up with one that went on, and would have met it before the last step.
+
+    Search trials share their seed and so their batches: the gap between two training losses is paired by step. Its
+    slope over the last rung before pruning is a least-squares line; it must fall (one-sided 5 %) and reach zero before
+    the last step.
+    """
+    searched = [t for t in record.trials if t.spec.phase == SEARCH and t.rungs]
+    told = []
+    for trial in searched:
+        last = trial.last
+        if trial.state != PRUNED or last is None:
+            continue
+        group = [t for t in searched if t.spec.arm.group == trial.spec.arm.group and t.step > trial.step]
+        meetings = [(step, t) for t in group if (step := _meets(trial, t, study.train.steps)) is not None]
+        if meetings:
+            step, other = min(meetings, key=lambda meeting: (meeting[0], meeting[1].spec.number))
+            told.append(
+                f"{trial.spec.arm.name} at {rate(trial.spec.learning_rate)} (step {trial.step}; level with "
+                f"{other.spec.arm.name} at {rate(other.spec.learning_rate)} by step {step} at that pace)"
+            )
+    if not told:
+        return []
+    more = f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return [
+        f"Pruned while catching up: {'; '.join(told[:MOST_TOLD])}{more}. A later first rung, or a larger search.keep, "
+        "would have let it be seen."
+    ]
+
+
+def _meets(pruned: TrialRecord, other: TrialRecord, steps: int) -> int | None:
+    """The step at which the pruned trial would be level with the other; None where it was not catching up."""
+    last = pruned.last
+    assert last is not None
+    theirs = dict(other.train_curve)
+    gaps = [(step, loss - theirs[step]) for step, loss in pruned.train_curve if last.start < step and step in theirs]
+    if len(gaps) < 4 or len({gap for _, gap in gaps}) == 1:
+        return None
+    line = stats.linregress([s for s, _ in gaps], [g for _, g in gaps], alternative="less")
+    gap = line.intercept + line.slope * last.stop
+    if line.pvalue >= LEVEL or gap <= 0:
+        return None
+    meeting = last.stop - gap / line.slope
+    return math.ceil(meeting) if meeting <= steps else None
+
+
+def power_line(study: Study, found: Power | None) -> str:
+    """What so many seeds could show, for the notes under the table; empty where it is not known."""
+    if found is None:
+        return ""
+    decimals = loss_decimals(study.confirm.epsilon)
+    return (
+        f"With {plural(found.seeds, 'seed')} and this spread (standard deviation of the paired differences "
+        f"{number(found.sd, decimals)}, pooled over the arms) an ε of {number(found.epsilon, decimals)} or more is "
+        f"shown with a chance of 80 % for an arm that is truly as good as rank {study.confirm.reference}."
+    )
