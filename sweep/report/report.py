@@ -8,10 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from sweep.report.alpha_section import alpha_section
 from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
 from sweep.report.forgetting_section import forgetting_section
 from sweep.report.latency import latency_section
 from sweep.report.prefix_section import prefix_section
+from sweep.report.published_section import published_section
 from sweep.report.rank_use import rank_use_section
 from sweep.report.results import Findings
 from sweep.report.search_figures import loss_by_rate, rank_by_ratio
@@ -66,7 +68,12 @@ def page(template: str, to: Path, view: dict[str, Any], figures: list[Drawn], st
 
 def analysis_sections(study: Study, record: StudyRecord, findings: Findings, figures: Path) -> list[Section]:
     """What analyses found about this study, one section each; their figures are drawn into the folder `figures`."""
-    sections = [prefix_section(study, findings, figures), forgetting_section(study, record, findings, figures)]
+    sections = [
+        alpha_section(study, record, figures),
+        prefix_section(study, findings, figures),
+        forgetting_section(study, record, findings, figures),
+        published_section(study, findings),
+    ]
     rank_use = read_analysis(record.folder, "rank-use")
     if rank_use is not None:
         sections.append(rank_use_section(study, record, rank_use, figures))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, field_validator, model_validator
 
 from sweep.study.arms import ALL_LINEAR, LORA_PREFIX, PREFIX, Arm, full_arm, lora_arms
+from sweep.study.published import Published
 from sweep.study.records import DataSettings, ForgettingSettings, PretrainSettings, Setup, TrainSettings
 from sweep.study.values import (
     AlphaPatterns,
@@ -270,6 +271,7 @@ class Study(Strict):
     rank_use: RankUse | None = None
     latency: Latency | None = None
     forgetting: Forgetting | None = None
+    published: list[Published] = []  # figures of others, set beside this study's in its report
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
 
     @model_validator(mode="before")

@@ -1,0 +1,105 @@
+"""Is alpha a learning rate? How a change of alpha moves the best rate, from trials at every rate of every ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize
+
+from sweep.report.intervals import Interval, t_interval
+from sweep.study.arms import Arm
+from sweep.study.records import COMPLETE, CONFIRM
+from sweep.study.schema import Study
+from sweep.tracking.journal import StudyRecord
+
+DEGREE = 3  # of the polynomial in log rate that all ratios' losses lie on once they are moved
+SEARCHED = (-1.0, 2.0)  # exponents that are looked at
+ALIKE = 1.01  # products of ratio and rate that differ by less are one
+
+Cells = dict[tuple[float, float], dict[int, float]]  # (alpha ratio, learning rate) -> test loss by seed
+
+
+@dataclass(frozen=True)
+class AlphaFit:
+    """Arms that differ in alpha alone, confirmed at every rate. Losses are test losses of the confirm trials."""
+
+    title: str
+    arms: tuple[Arm, ...]
+    cells: Cells
+    exponent: Interval | None  # γ in best rate ∝ ratio^−γ, over seeds; 1: alpha is a learning rate, 0: it does nothing
+    swap: Interval | None  # loss at twice the alpha and half the rate, less that at the rate itself; over seeds
+    swapped: int  # pairs of cells behind that
+
+
+def alpha_fits(study: Study, record: StudyRecord) -> list[AlphaFit]:
+    """One for each set of arms that differ in alpha alone, of which two ratios have two confirmed rates or more."""
+    by_kind: dict[str, list[Arm]] = {}
+    for arm in study.list_arms():
+        if arm.r and not arm.alpha_pattern:
+            by_kind.setdefault(arm.cost_key, []).append(arm)
+    fits = []
+    for kind, arms in by_kind.items():
+        cells = _cells(record, arms)
+        several = [a for a in arms if len([rate for ratio, rate in cells if ratio == a.alpha_ratio]) > 1]
+        if len(several) > 1:
+            swap, swapped = _swap(cells)
+            title = arms[0].group if len(by_kind) == len({a[0].group for a in by_kind.values()}) else kind
+            fits.append(AlphaFit(title, tuple(arms), cells, _exponent(cells), swap, swapped))
+    return fits
+
+
+def _cells(record: StudyRecord, arms: list[Arm]) -> Cells:
+    names = {arm.name for arm in arms}
+    cells: Cells = {}
+    for trial in record.trials:
+        spec, last = trial.spec, trial.last
+        if spec.phase == CONFIRM and spec.arm.name in names and trial.state == COMPLETE and last is not None:
+            cell = cells.setdefault((spec.arm.alpha_ratio, spec.learning_rate), {})
+            cell[spec.seed] = last.test_metrics["test_loss"]
+    return cells
+
+
+def _exponent(cells: Cells) -> Interval | None:
+    """γ for each seed that completed every cell, and the t-interval over these; None under two such seeds."""
+    seeds = set.intersection(*(set(losses) for losses in cells.values()))
+    if len(seeds) < 2 or len(cells) <= DEGREE + 2:
+        return None
+    return t_interval([best_exponent({cell: losses[seed] for cell, losses in cells.items()}) for seed in sorted(seeds)])
+
+
+def best_exponent(losses: Mapping[tuple[float, float], float]) -> float:
+    """The γ with which the losses of all (ratio, rate) lie nearest to one curve over log(rate · ratio^γ).
+
+    The curve is a polynomial of degree 3, by least squares; γ is found by a grid and then bounded minimisation.
+    """
+    ratio, rate = (np.log([cell[i] for cell in losses]) for i in (0, 1))
+    loss = np.array(list(losses.values()))
+
+    def misfit(gamma: float) -> float:
+        x = rate + gamma * ratio
+        x = (x - x.mean()) / x.std()
+        rest: float = np.polynomial.polynomial.polyfit(x, loss, DEGREE, full=True)[1][0].sum()
+        return rest
+
+    grid = np.linspace(*SEARCHED, 121)
+    start = grid[int(np.argmin([misfit(gamma) for gamma in grid]))]
+    step = grid[1] - grid[0]
+    return float(optimize.minimize_scalar(misfit, bounds=(start - step, start + step), method="bounded").x)
+
+
+def _swap(cells: Cells) -> tuple[Interval | None, int]:
+    """The mean over all pairs of cells with one product of ratio and rate, of ratios next to each other; by seed."""
+    ratios = sorted({ratio for ratio, _ in cells})
+    pairs = [
+        (higher, lower)
+        for lower in cells
+        for higher in cells
+        if ratios.index(higher[0]) == ratios.index(lower[0]) + 1
+        and max(math.prod(higher) / math.prod(lower), math.prod(lower) / math.prod(higher)) < ALIKE
+    ]
+    seeds = set.intersection(*(set(cells[cell]) for pair in pairs for cell in pair)) if pairs else set()
+    differences = [float(np.mean([cells[a][seed] - cells[b][seed] for a, b in pairs])) for seed in sorted(seeds)]
+    return (t_interval(differences) if differences else None), len(pairs)
