@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize
 
 from sweep.report.intervals import Interval, t_interval
 from sweep.study.arms import Arm
@@ -15,8 +14,6 @@ from sweep.study.records import COMPLETE, CONFIRM
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 
-DEGREE = 3  # of the polynomial in log rate that all ratios' losses lie on once they are moved
-SEARCHED = (-1.0, 2.0)  # exponents that are looked at
 ALIKE = 1.01  # products of ratio and rate that differ by less are one
 
 Cells = dict[tuple[float, float], dict[int, float]]  # (alpha ratio, learning rate) -> test loss by seed
@@ -63,31 +60,37 @@ def _cells(record: StudyRecord, arms: list[Arm]) -> Cells:
 
 
 def _exponent(cells: Cells) -> Interval | None:
-    """γ for each seed that completed every cell, and the t-interval over these; None under two such seeds."""
-    seeds = set.intersection(*(set(losses) for losses in cells.values()))
-    if len(seeds) < 2 or len(cells) <= DEGREE + 2:
-        return None
-    return t_interval([best_exponent({cell: losses[seed] for cell, losses in cells.items()}) for seed in sorted(seeds)])
+    """γ over the seeds that give one; None under two of them."""
+    seeds = sorted({seed for losses in cells.values() for seed in losses})
+    found = [best_exponent({cell: losses[seed] for cell, losses in cells.items() if seed in losses}) for seed in seeds]
+    inside = [gamma for gamma in found if gamma is not None]
+    return t_interval(inside) if len(inside) > 1 else None
 
 
-def best_exponent(losses: Mapping[tuple[float, float], float]) -> float:
-    """The γ with which the losses of all (ratio, rate) lie nearest to one curve over log(rate · ratio^γ).
+def best_exponent(losses: Mapping[tuple[float, float], float]) -> float | None:
+    """γ in best rate ∝ ratio^−γ, from losses by (ratio, rate): the least-squares slope of the logs.
 
-    The curve is a polynomial of degree 3, by least squares; γ is found by a grid and then bounded minimisation.
+    A ratio whose best rate lies on the edge of what was tried is left out, since a better one may lie beyond; None
+    where fewer than three ratios are left (of two ratios, both must be).
     """
-    ratio, rate = (np.log([cell[i] for cell in losses]) for i in (0, 1))
-    loss = np.array(list(losses.values()))
+    ratios = sorted({ratio for ratio, _ in losses})
+    best = {ratio: best_rate({rate: loss for (own, rate), loss in losses.items() if own == ratio}) for ratio in ratios}
+    inside = [(ratio, rate) for ratio, rate in best.items() if rate is not None]
+    if len(inside) < max(2, min(3, len(ratios))):
+        return None
+    logs = np.log(inside)
+    return -float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
 
-    def misfit(gamma: float) -> float:
-        x = rate + gamma * ratio
-        x = (x - x.mean()) / x.std()
-        rest: float = np.polynomial.polynomial.polyfit(x, loss, DEGREE, full=True)[1][0].sum()
-        return rest
 
-    grid = np.linspace(*SEARCHED, 121)
-    start = grid[int(np.argmin([misfit(gamma) for gamma in grid]))]
-    step = grid[1] - grid[0]
-    return float(optimize.minimize_scalar(misfit, bounds=(start - step, start + step), method="bounded").x)
+def best_rate(losses: Mapping[float, float]) -> float | None:
+    """Where a parabola through the lowest loss and its two neighbours is lowest, both axes in logs; None on an edge."""
+    rates = sorted(losses)
+    at = min(range(len(rates)), key=lambda i: losses[rates[i]])
+    if at in (0, len(rates) - 1):
+        return None
+    around = rates[at - 1 : at + 2]
+    a, b, _ = np.polyfit(np.log(around), np.log([losses[rate] for rate in around]), 2)
+    return float(np.exp(-b / (2 * a)))
 
 
 def _swap(cells: Cells) -> tuple[Interval | None, int]:

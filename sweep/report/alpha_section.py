@@ -12,7 +12,7 @@ from sweep.report.intervals import t_interval
 from sweep.report.sections import Section
 from sweep.report.style import SERIES, legend_columns, loss_axis, new_figure, readable_log
 from sweep.report.tables import Cell, Row, Table
-from sweep.report.words import loss_decimals, number, rate, signed, span
+from sweep.report.words import loss_decimals, number, plural, rate, signed, span
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 
@@ -49,15 +49,20 @@ def alpha_section(study: Study, record: StudyRecord, figures: Path) -> Section |
 def _finding(study: Study, fit: AlphaFit, named: bool) -> str:
     where = f"At {fit.title}: the" if named else "The"
     if fit.exponent is None:
-        return f"{where} exponent cannot be given: no two seeds completed every cell."
+        return (
+            f"{where} exponent of the best learning rate in alpha cannot be given: on fewer than two seeds do the best "
+            "rates of enough ratios lie within the grid."
+        )
     gamma = fit.exponent
     assert gamma.low is not None and gamma.high is not None
     named_values = ((0.0, "0 (alpha does nothing)"), (0.5, "1/2"), (1.0, "1 (alpha is a learning rate)"))
     held = [words for value, words in named_values if gamma.low <= value <= gamma.high]
     fits = f"which does not exclude {' or '.join(held)}" if held else "which excludes 0, 1/2 and 1"
+    ends = span(gamma.low, gamma.high, 2)
     text = (
-        f"{where} best learning rate fell with alpha as (alpha / r) to the power of {signed(-gamma.mean, 2)} "
-        f"(exponent {number(gamma.mean, 2)}, 95 % interval {span(gamma.low, gamma.high, 2)}, {gamma.n} seeds), {fits}."
+        f"{where} best learning rate fell with alpha as (alpha / r) to the power of {signed(-gamma.mean, 2)} (exponent "
+        f"{number(gamma.mean, 2)}, 95 % interval {ends}, {plural(gamma.n, 'seed')}; a ratio's best rate is the lowest "
+        f"point of a parabola through its lowest loss and the two beside it, and one on the edge is left out), {fits}."
     )
     if fit.swap is None or fit.swap.low is None:
         return text
