@@ -15,6 +15,7 @@ from sweep.exits import FAILED, Refused
 from sweep.report.report import write_report
 from sweep.report.results import Findings
 from sweep.report.statistics import find
+from sweep.report.summary import summary
 from sweep.study.home import Home, StudyFolder, find_home
 from sweep.study.records import COMPLETE, CONFIRM
 from sweep.study.schema import Study
@@ -34,6 +35,7 @@ class Places:
     no_adapter: str = ""  # why there is none
     warnings: tuple[str, ...] = ()
     whole: bool = True  # nothing went wrong: another run of the command has nothing left to do
+    summary: str = ""  # Markdown, for MLflow
 
 
 def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path) -> Places:
@@ -45,14 +47,14 @@ def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path
             _remember(places, folder)
     # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
     adapter = Path(places.adapter) if places.adapter else None
-    warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, " ".join(places.sentences))
+    warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, places.summary)
     return replace(places, warnings=(*places.warnings, warning)) if warning else places
 
 
 def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
     to = Path("reports") / study.name
     findings = write_report(study, record, to)
-    places = Places(tuple(findings.sentences), str(to.absolute()), None)
+    places = Places(tuple(findings.sentences), str(to.absolute()), None, summary=summary(study, findings))
     return _with_adapter(places, study, record, findings, cache)
 
 

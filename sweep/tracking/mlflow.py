@@ -13,7 +13,9 @@ from pathlib import Path
 
 from sweep.study.home import Home, StudyFolder
 from sweep.study.schema import Study
+from sweep.tracking import saved_view
 from sweep.tracking.connection import Tracking, connect, find_tracking, is_database, locked, without_credentials
+from sweep.tracking.entities import WORKFLOW
 from sweep.tracking.journal import read_events
 from sweep.tracking.view import Outcome, View, open_view, update
 
@@ -40,7 +42,8 @@ def project(
 ) -> None:
     """Bring MLflow up to date with the whole journal; a second time changes nothing.
 
-    report, adapter: folders that become the parent run's artifacts `report/` and `adapter/`; a report ends that run.
+    report, adapter: folders that become the parent run's artifacts `report/` and `adapter/`, the adapter its logged
+    model too; a report ends that run. recommendation: Markdown, for its description.
     Raises whatever MLflow raises.
     """
     _project(None, study, folder, tracking, Outcome(report, adapter, recommendation))
@@ -125,9 +128,10 @@ def dashboard_address(home: Home, port: int, study: str | None = None) -> str:
     tracking = find_tracking(home)
     root = f"http://127.0.0.1:{port}" if is_database(tracking.uri) else without_credentials(tracking.uri).rstrip("/")
     experiment = connect(tracking).get_experiment_by_name(study) if study else None
-    page = f"/{experiment.experiment_id}/runs" if experiment else ""
-    # Without the workflow MLflow's UI opens on its pages for chat traces, which are empty here.
-    return f"{root}/#/experiments{page}?workflowType=machine_learning"
+    if experiment is None:
+        return f"{root}/#/experiments{WORKFLOW}"
+    saved = f"&viewStateShareKey={saved_view.KEY}" if saved_view.TAG in experiment.tags else ""
+    return f"{root}/#/experiments/{experiment.experiment_id}/runs{WORKFLOW}{saved}"
 
 
 def _project(view: View | None, study: Study, folder: StudyFolder, tracking: Tracking, outcome: Outcome) -> View | None:
