@@ -18,7 +18,7 @@ from mlflow.pyfunc import PythonModel
 ROWS = 32  # that go through the model at once
 
 
-class AdapterModel(PythonModel):  # type: ignore[misc]
+class AdapterModel(PythonModel):
     """A base model with its adapter: `model` as PEFT makes it, and `processor`, its tokenizer or image processor."""
 
     def load_context(self, context: Any) -> None:

@@ -40,10 +40,8 @@ def outcome_note(study: Study, recommendation: str, experiment_id: str, run_id: 
     """
     folder = f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/report"
     parts = [headline(study), recommendation]
-    for name in figures:
-        # Relative: the server that shows the note serves the artifact, under whatever prefix it runs.
-        source = f"get-artifact?path=report%2Ffigures%2F{name}.png&run_uuid={run_id}"
-        parts.append(f'<img src="{source}" alt="{name}" width="640">')  # Markdown's images would be twice as wide
+    # Relative: the server that shows the note serves the artifact, under whatever prefix it runs.
+    parts += [f"![{name}](get-artifact?path=report%2Ffigures%2F{name}.png&run_uuid={run_id})" for name in figures]
     parts.append(
         f"[The whole report]({folder}/report.html{WORKFLOW}) and its figures are among the artifacts, in `report/`."
     )

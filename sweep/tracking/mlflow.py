@@ -17,7 +17,8 @@ from sweep.tracking import saved_view
 from sweep.tracking.connection import Tracking, connect, find_tracking, is_database, locked, without_credentials
 from sweep.tracking.entities import WORKFLOW
 from sweep.tracking.journal import read_events
-from sweep.tracking.view import Outcome, View, open_view, update
+from sweep.tracking.models import adapter_sha, create_version, log_model
+from sweep.tracking.view import Outcome, View, find_children, open_view, update
 
 __all__ = [
     "Projector",
@@ -27,6 +28,8 @@ __all__ = [
     "dashboard_environment",
     "find_tracking",
     "project",
+    "register",
+    "set_alias",
 ]
 
 EVERY_S = 3.0
@@ -47,6 +50,25 @@ def project(
     Raises whatever MLflow raises.
     """
     _project(None, study, folder, tracking, Outcome(report, adapter, recommendation))
+
+
+def register(
+    study: Study, folder: StudyFolder, tracking: Tracking, adapter: Path, trial: int | None, name: str, description: str
+) -> str:
+    """Put an exported adapter into MLflow's registry; returns the version, a new one unless it is there already.
+
+    It becomes a logged model of its trial's run, or of the parent run where `trial` is None. Raises whatever MLflow
+    raises.
+    """
+    view = _project(None, study, folder, tracking, Outcome())
+    assert view is not None  # what was exported was prepared
+    run_id = view.parent_id if trial is None else find_children(view)[trial].run_id
+    model_id = log_model(view.client, view.experiment_id, run_id, adapter)
+    return create_version(view.client, model_id, adapter_sha(adapter), name, description)
+
+
+def set_alias(tracking: Tracking, name: str, alias: str, version: str) -> None:
+    connect(tracking).set_registered_model_alias(name, alias, version)
 
 
 class Projector:

@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,20 +20,6 @@ if TYPE_CHECKING:
 SHA = "sweep.adapter_sha256"  # which adapter a logged model or a version holds
 CONTENT = ("adapter_config.json", "adapter_model.safetensors")
 LARGEST_COMPLETION = 32  # tokens
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A version in the registry; `models:/name@alias` loads it."""
-
-    name: str
-    version: str
-    alias: str
-    is_new: bool
-
-    @property
-    def uri(self) -> str:
-        return f"models:/{self.name}@{self.alias}"
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, adapter: Path) -> str:
@@ -74,26 +60,22 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, adapter: Pa
     return str(found.model_id)
 
 
-def register(client: MlflowClient, model_id: str, sha: str, name: str, alias: str, description: str) -> Registered:
-    """Put a logged model into the registry, under the alias: a new version, or the one that holds this adapter."""
+def create_version(client: MlflowClient, model_id: str, sha: str, name: str, description: str) -> str:
+    """A logged model's version in the registry: a new one, or the one that holds this adapter already."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
+    with suppress(MlflowException):  # it is there
         client.create_registered_model(name)
-    versions = client.search_model_versions(f"name = '{_quoted(name)}'")
+    versions = client.search_model_versions(f"name = '{name}'")
     held = next((version for version in versions if version.tags.get(SHA) == sha), None)
-    is_new = held is None
     if held is None:
-        run_id = client.get_logged_model(model_id).source_run_id
-        held = client.create_model_version(
-            name, f"models:/{model_id}", run_id, {SHA: sha}, description=description, model_id=model_id
+        model = client.get_logged_model(model_id)
+        held = client.create_model_version(  # not by models:/…, which MLflow looks up at whatever server is its default
+            name, model.artifact_location, model.source_run_id, {SHA: sha}, description=description, model_id=model_id
         )
     elif held.description != description:
         client.update_model_version(name, held.version, description)
-    client.set_registered_model_alias(name, alias, held.version)
-    return Registered(name, str(held.version), alias, is_new)
+    return str(held.version)
 
 
 def name_problem(name: str) -> str | None:
@@ -155,7 +137,3 @@ def _find_model(client: MlflowClient, experiment_id: str, run_id: str, sha: str)
     ours = f"source_run_id = '{run_id}' AND tags.`{SHA}` = '{sha}'"
     found: list[LoggedModel] = client.search_logged_models([experiment_id], ours)
     return found[0] if found else None
-
-
-def _quoted(name: str) -> str:
-    return name.replace("'", "''")

@@ -46,9 +46,7 @@ def saved_view(study: Study, started_ms: int) -> str:
         "compareRunSections": [_section(loss, title) for title, loss in charts.items()],
         "isAccordionReordered": True,  # ours stay above those that the UI makes of every metric
     }
-    return json.dumps(
-        {"name": "Trials", "createdAt": started_ms, "updatedAt": started_ms, "state": json.dumps(state)}
-    )
+    return json.dumps({"name": "Trials", "createdAt": started_ms, "updatedAt": started_ms, "state": json.dumps(state)})
 
 
 def _parallel_coordinates(loss: str) -> dict[str, Any]:

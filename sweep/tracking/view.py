@@ -116,7 +116,7 @@ def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome) -> N
     if view.projected == journal and view.tags.get(OUTCOME) == told:
         return
     if view.children is None:
-        view.children = _find_children(view)
+        view.children = find_children(view)
     record = read_study_record(folder)
     _describe_parent(view, study, record)
     for trial in record.trials:
@@ -127,7 +127,8 @@ def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome) -> N
     view.projected = journal
 
 
-def _find_children(view: View) -> dict[int, Child]:
+def find_children(view: View) -> dict[int, Child]:
+    """The trials' runs, by the trial's number."""
     children: dict[int, Child] = {}
     for run in _search(view.client, view.experiment_id, f"tags.`{PARENT}` = '{view.parent_id}'"):
         tags = run.data.tags
@@ -224,9 +225,7 @@ def _log_outcome(view: View, study: Study, outcome: Outcome, told: str) -> None:
         place = view.experiment_id, view.parent_id
         note = outcome_note(study, outcome.recommendation, *place, shown)
         view.client.set_tag(view.parent_id, NOTE, note)
-        view.client.set_experiment_tag(
-            view.experiment_id, NOTE, experiment_note(study, outcome.recommendation, *place)
-        )
+        view.client.set_experiment_tag(view.experiment_id, NOTE, experiment_note(study, outcome.recommendation, *place))
     view.client.set_tag(view.parent_id, OUTCOME, told)
     view.tags[OUTCOME] = told
 
