@@ -9,17 +9,20 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sweep.adapters.export import ExportError, export
+from sweep.adapters.export import Exported, ExportError, check_in_fresh_process, export
 from sweep.console import validation_loss
 from sweep.exits import FAILED, Refused
 from sweep.report.report import write_report
 from sweep.report.results import Findings
 from sweep.report.statistics import find
+from sweep.report.summary import summary
 from sweep.study.home import Home, StudyFolder, find_home
 from sweep.study.records import COMPLETE, CONFIRM
 from sweep.study.schema import Study
+from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
-from sweep.tracking.mlflow import Projector
+from sweep.tracking.mlflow import Projector, find_tracking, register, set_alias
+from sweep.tracking.models import alias_of, name_problem
 
 SECONDS_TO_TRACK = 120.0
 
@@ -34,6 +37,7 @@ class Places:
     no_adapter: str = ""  # why there is none
     warnings: tuple[str, ...] = ()
     whole: bool = True  # nothing went wrong: another run of the command has nothing left to do
+    summary: str = ""  # Markdown, for MLflow
 
 
 def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path) -> Places:
@@ -45,14 +49,14 @@ def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path
             _remember(places, folder)
     # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
     adapter = Path(places.adapter) if places.adapter else None
-    warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, " ".join(places.sentences))
+    warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, places.summary)
     return replace(places, warnings=(*places.warnings, warning)) if warning else places
 
 
 def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
     to = Path("reports") / study.name
     findings = write_report(study, record, to)
-    places = Places(tuple(findings.sentences), str(to.absolute()), None)
+    places = Places(tuple(findings.sentences), str(to.absolute()), None, summary=summary(study, findings))
     return _with_adapter(places, study, record, findings, cache)
 
 
@@ -81,15 +85,52 @@ def lines(places: Places, name: str, home: Home) -> list[str]:
 
 def export_chosen(
     study: Study, record: StudyRecord, arm: str | None, number: int | None, to: Path, merge: bool, cache: Path
-) -> TrialRecord:
-    """Export the trial named by number or arm, or the recommended one; returns it."""
+) -> tuple[TrialRecord, Exported]:
+    """Export the trial named by number or arm, or the recommended one; returns it, and what was written."""
     findings = find(study, record)
     chosen = _choose_trial(record, findings, arm, number)
     try:
-        export(study, record, chosen, to, merge, evidence_for(findings, chosen), cache)
+        exported = export(study, record, chosen, to, merge, evidence_for(findings, chosen), cache)
     except ExportError as error:
         raise Refused(str(error), code=FAILED) from None
-    return chosen
+    return chosen, exported
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that MLflow's registry takes no model under."""
+    problem = name_problem(name)
+    if problem:
+        raise Refused(f"--register: {name!r} {problem}")
+
+
+def register_exported(
+    study: Study, record: StudyRecord, trial: TrialRecord, exported: Exported, name: str, home: Home
+) -> str:
+    """Put an exported adapter into MLflow's registry and load it back; returns the line that says where it is.
+
+    The alias is set once a fresh process, with MLflow alone, has got the engine's own logits from that version.
+    """
+    findings, tracking, spec = find(study, record), find_tracking(home), trial.spec
+    recommended = spec.arm.name == findings.recommended and spec.phase == CONFIRM
+    alias = "recommended" if recommended else alias_of(spec.arm.name)
+    base = "The base model is not in MLflow; it is found by its name, " + without_credentials(study.model)
+    if study.pretrain is not None:
+        base = "The base model, which the study itself made, is with it"
+    description = f"{evidence_for(findings, trial)}\n\n{base}."
+    run = None if spec.number == findings.recommended_trial else spec.number
+    try:
+        version = register(study, record.folder, tracking, exported.path, run, name, description)
+        question = {**exported.check.question, "registered": f"models:/{name}/{version}"}
+        check_in_fresh_process(
+            replace(exported.check, question=question), f"version {version}", {"MLFLOW_TRACKING_URI": tracking.uri}
+        )
+        set_alias(tracking, name, alias, version)
+    except ExportError as error:
+        raise Refused(f"{error}; it has no alias", code=FAILED) from None
+    except Exception as error:  # MLflow's own, and those of whatever carries it
+        reason = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]
+        raise Refused(f"MLflow at {without_credentials(tracking.uri)}: not registered: {reason}", code=FAILED) from None
+    return f'registered: {name}, version {version}: mlflow.pyfunc.load_model("models:/{name}@{alias}")'
 
 
 def evidence_for(findings: Findings, trial: TrialRecord) -> str:

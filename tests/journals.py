@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,21 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import append, append_asked, append_end, append_rung
 
 STEPS, RUNGS = 60, (15, 30, 60)
+PNG = base64.b64decode(  # one red point
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+ADAPTER = {
+    "study": "topics",
+    "task": "sequence-classification",
+    "trial": 12,
+    "arm": "r2-ratio2",
+    "learning_rate": 0.003,
+    "seed": 1,
+    "steps": 60,
+    "model_fingerprint": "m" * 64,
+    "labels": ["business", "sport"],
+    "versions": {"peft": "0.21.2", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
+}
 
 
 def sample_study(name: str = "topics", seeds: int = 2) -> Study:
@@ -130,10 +146,12 @@ def write_results(folder: Path) -> dict[str, Any]:
     report, adapter = folder / "report", folder / "adapter"
     for path, text in {
         report / "report.html": "<h1>Use rank 2</h1>",
-        report / "figures" / "loss.png": "not really a picture",
-        adapter / "adapter_config.json": json.dumps({"r": 2}),
+        report / "figures" / "loss-by-rank.png": PNG,
+        adapter / "adapter_config.json": json.dumps({"r": 2, "lora_alpha": 4, "base_model_name_or_path": "a/model"}),
+        adapter / "adapter_model.safetensors": "not really weights",
+        adapter / "sweep.json": json.dumps(ADAPTER),
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     recommendation = "Use rank 2 with alpha 4. It gives up 0.01 of held-out loss against rank 64."
     return {"report": report, "adapter": adapter, "recommendation": recommendation}

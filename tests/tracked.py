@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import LoggedModel, Run
 
 from sweep.study.schema import Study
 from sweep.tracking.connection import Tracking
@@ -27,16 +27,25 @@ class Held:
         history = {key: self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
         return {key: sorted((point.step, point.value) for point in points) for key, points in history.items()}
 
+    def _without_ids(self, text: str) -> str:
+        return text.replace(self.parent.info.run_id, "RUN")
+
     def everything(self) -> list[Any]:
         """All of it but MLflow's own ids."""
         told = []
         for run in (self.parent, *(self.children[number] for number in sorted(self.children))):
             info, own = run.info, ("mlflow.parentRunId",)
-            tags = {key: value for key, value in run.data.tags.items() if key not in own}
+            tags = {key: self._without_ids(value) for key, value in run.data.tags.items() if key not in own}
             data = [(each.dataset.to_dictionary(), str(each.tags)) for each in run.inputs.dataset_inputs]
             told.append([info.run_name, info.status, info.start_time, info.end_time, run.data.params, tags, data])
             told.append(self.points(run))
-        return [*told, sorted(self.files)]
+            told.append(len(run.outputs.model_outputs) if run.outputs else 0)
+        experiment = self.client.get_experiment(self.parent.info.experiment_id)
+        models = [(model.name, model.status, model.tags, model.params) for model in self.models()]
+        return [*told, sorted(self.files), models, self._without_ids(str(experiment.tags))]
+
+    def models(self) -> list[LoggedModel]:
+        return list(self.client.search_logged_models([self.parent.info.experiment_id]))
 
 
 def view(tracking: Tracking, study: Study) -> Held:

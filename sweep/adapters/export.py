@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from sweep.training.batches import AnyBatch, collate
 from sweep.training.checkpoint import WEIGHTS, load_weights
 from sweep.training.data import TokenisedData, load_data
 from sweep.training.images import load_image_processor
-from sweep.training.locate import ModelPlace, load_tokenizer, quiet
+from sweep.training.locate import load_tokenizer, quiet
 from sweep.training.scratch import find_base
 from sweep.training.tasks import CLASSIFICATION, IMAGES, model_inputs
 
@@ -47,9 +49,19 @@ class ExportError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Check:
+    """A few rows, the engine's own logits for them, and what a fresh process is told to load."""
+
+    question: dict[str, Any]  # see `verify`
+    inputs: dict[str, Tensor]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
 class Exported:
     path: Path
     largest_difference: float  # of the logits in a fresh process to ours
+    check: Check
 
 
 def export(
@@ -85,10 +97,18 @@ def export(
             processor.save_pretrained(half)
         (half / "README.md").write_text(model_card(study, record, trial, merge, evidence))
         write_mark(half, _provenance(study, record.prepared, trial, merge))
-        difference = _check_in_fresh_process(
-            half, place, study.task, record.prepared, merge, batch, ours, data.pad_token_id
-        )
-    return Exported(to, difference)
+        question = {
+            "folder": str(half),
+            "base": None if merge else place.path,
+            "gguf_file": None if merge else place.gguf_file,
+            "task": study.task,
+            "labels": len(record.prepared.labels),
+            "pad_token_id": data.pad_token_id,
+        }
+        inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+        check = Check(question, inputs, ours)
+        difference = check_in_fresh_process(check, "the export")
+    return Exported(to, difference, check)
 
 
 def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
@@ -235,41 +255,30 @@ def _copy_in(model: nn.Module, values: dict[str, Tensor]) -> None:
         model.get_parameter(name).copy_(value)
 
 
-def _check_in_fresh_process(
-    folder: Path,
-    place: ModelPlace,
-    task: str,
-    prepared: Prepared,
-    merge: bool,
-    batch: AnyBatch,
-    ours: Tensor,
-    pad_token_id: int,
-) -> float:
-    """Load the export as a user would, in another process, and compare logits. Raises ExportError when they differ."""
-    expected = folder / ".expected.safetensors"
-    inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
-    save_file({**inputs, "logits": ours.contiguous()}, expected)
-    question = {
-        "folder": str(folder),
-        "base": None if merge else place.path,
-        "gguf_file": None if merge else place.gguf_file,
-        "task": task,
-        "labels": len(prepared.labels),
-        "pad_token_id": pad_token_id,
-        "expected": str(expected),
-    }
-    command = [sys.executable, "-m", "sweep.adapters.verify"]
-    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=False)
-    expected.unlink()
+def check_in_fresh_process(check: Check, what: str, env: dict[str, str] | None = None) -> float:
+    """The largest difference of logits when another process loads it as a user would; see `verify`.
+
+    what: how the error calls it. env: added to that process's environment. Raises ExportError where it does not load
+    or its logits differ.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        expected = Path(folder, "expected.safetensors")
+        save_file({**check.inputs, "logits": check.logits.contiguous()}, expected)
+        done = subprocess.run(
+            [sys.executable, "-m", "sweep.adapters.verify"],
+            input=json.dumps({**check.question, "expected": str(expected)}),
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
-        raise ExportError(f"the export does not load in a fresh process: {lines[-1] if lines else done.returncode}")
+        raise ExportError(f"{what} does not load in a fresh process: {lines[-1] if lines else done.returncode}")
     difference = float(json.loads(done.stdout.splitlines()[-1])["largest_difference"])
-    allowed = TOLERANCE * max(1.0, float(ours.abs().max()))
+    allowed = TOLERANCE * max(1.0, float(check.logits.abs().max()))
     if not difference <= allowed:
-        raise ExportError(
-            f"the export's logits differ from ours by {difference:.2g} (allowed {allowed:.2g}); not written"
-        )
+        raise ExportError(f"{what}'s logits differ from ours by {difference:.2g} (allowed {allowed:.2g})")
     return difference
 
 

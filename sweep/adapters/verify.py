@@ -1,4 +1,4 @@
-"""Run in a fresh process: load an export with PEFT or transformers alone, compare its logits."""
+"""Run in a fresh process: load an export with PEFT, transformers or MLflow alone, compare its logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def largest_difference(question: dict[str, Any]) -> float:
     }
     auto, classify = kinds[question["task"]], question["task"] != "causal-lm"
     settings: dict[str, Any] = {"dtype": torch.float32}
-    if question["base"] is None:
+    if "registered" in question:  # in MLflow's registry, with MLflow alone
+        from mlflow.pyfunc import load_model
+
+        model = load_model(question["registered"]).unwrap_python_model().model
+    elif question["base"] is None:
         model = auto.from_pretrained(question["folder"], **settings)
     else:
         from peft import PeftModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param
 
 COSTS = ("trainable_params", "total_params", "peak_memory_bytes", "step_time_s", "tokens_per_second", "adapter_bytes")
+PARAGRAPH = "\n\n"
+# Without it MLflow's UI opens on its pages for chat traces, which are empty here.
+WORKFLOW = "?workflowType=machine_learning"
 STATUS = {COMPLETE: "FINISHED", PRUNED: "KILLED", DIVERGED: "FAILED", FAILED: "FAILED"}
 
 
@@ -27,6 +31,27 @@ def run_name(spec: TrialSpec) -> str:
 
 def headline(study: Study) -> str:
     return f"**{study.question or study.name}**"
+
+
+def outcome_note(study: Study, recommendation: str, experiment_id: str, run_id: str, figures: Sequence[str]) -> str:
+    """The parent run's description: the question, what to use, the figure that shows it, where the report is.
+
+    figures: names of the report's, without `.png`.
+    """
+    folder = f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/report"
+    parts = [headline(study), recommendation]
+    # Relative: the server that shows the note serves the artifact, under whatever prefix it runs.
+    parts += [f"![{name}](get-artifact?path=report%2Ffigures%2F{name}.png&run_uuid={run_id})" for name in figures]
+    parts.append(
+        f"[The whole report]({folder}/report.html{WORKFLOW}) and its figures are among the artifacts, in `report/`."
+    )
+    return PARAGRAPH.join(parts)
+
+
+def experiment_note(study: Study, recommendation: str, experiment_id: str, run_id: str) -> str:
+    """What stands over the runs: the question, what to use, and the way to the parent run, which has the rest."""
+    parent = f"[Answer and report](#/experiments/{experiment_id}/runs/{run_id}{WORKFLOW})"
+    return f"{headline(study)} {parent}\n\n{recommendation.split(PARAGRAPH)[0]}"
 
 
 def trial_params(spec: TrialSpec) -> list[Param]:

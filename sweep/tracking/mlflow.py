@@ -13,9 +13,12 @@ from pathlib import Path
 
 from sweep.study.home import Home, StudyFolder
 from sweep.study.schema import Study
+from sweep.tracking import saved_view
 from sweep.tracking.connection import Tracking, connect, find_tracking, is_database, locked, without_credentials
+from sweep.tracking.entities import WORKFLOW
 from sweep.tracking.journal import read_events
-from sweep.tracking.view import Outcome, View, open_view, update
+from sweep.tracking.models import adapter_sha, create_version, log_model
+from sweep.tracking.view import Outcome, View, find_children, open_view, update
 
 __all__ = [
     "Projector",
@@ -25,6 +28,8 @@ __all__ = [
     "dashboard_environment",
     "find_tracking",
     "project",
+    "register",
+    "set_alias",
 ]
 
 EVERY_S = 3.0
@@ -40,10 +45,30 @@ def project(
 ) -> None:
     """Bring MLflow up to date with the whole journal; a second time changes nothing.
 
-    report, adapter: folders that become the parent run's artifacts `report/` and `adapter/`; a report ends that run.
+    report, adapter: folders that become the parent run's artifacts `report/` and `adapter/`, the adapter its logged
+    model too; a report ends that run. recommendation: Markdown, for its description.
     Raises whatever MLflow raises.
     """
     _project(None, study, folder, tracking, Outcome(report, adapter, recommendation))
+
+
+def register(
+    study: Study, folder: StudyFolder, tracking: Tracking, adapter: Path, trial: int | None, name: str, description: str
+) -> str:
+    """Put an exported adapter into MLflow's registry; returns the version, a new one unless it is there already.
+
+    It becomes a logged model of its trial's run, or of the parent run where `trial` is None. Raises whatever MLflow
+    raises.
+    """
+    view = _project(None, study, folder, tracking, Outcome())
+    assert view is not None  # what was exported was prepared
+    run_id = view.parent_id if trial is None else find_children(view)[trial].run_id
+    model_id = log_model(view.client, view.experiment_id, run_id, adapter)
+    return create_version(view.client, model_id, adapter_sha(adapter), name, description)
+
+
+def set_alias(tracking: Tracking, name: str, alias: str, version: str) -> None:
+    connect(tracking).set_registered_model_alias(name, alias, version)
 
 
 class Projector:
@@ -125,9 +150,10 @@ def dashboard_address(home: Home, port: int, study: str | None = None) -> str:
     tracking = find_tracking(home)
     root = f"http://127.0.0.1:{port}" if is_database(tracking.uri) else without_credentials(tracking.uri).rstrip("/")
     experiment = connect(tracking).get_experiment_by_name(study) if study else None
-    page = f"/{experiment.experiment_id}/runs" if experiment else ""
-    # Without the workflow MLflow's UI opens on its pages for chat traces, which are empty here.
-    return f"{root}/#/experiments{page}?workflowType=machine_learning"
+    if experiment is None:
+        return f"{root}/#/experiments{WORKFLOW}"
+    saved = f"&viewStateShareKey={saved_view.KEY}" if saved_view.TAG in experiment.tags else ""
+    return f"{root}/#/experiments/{experiment.experiment_id}/runs{WORKFLOW}{saved}"
 
 
 def _project(view: View | None, study: Study, folder: StudyFolder, tracking: Tracking, outcome: Outcome) -> View | None:

@@ -17,6 +17,7 @@ from sweep.study.file import dump_study
 from sweep.study.home import StudyFolder
 from sweep.study.records import FAILED
 from sweep.study.schema import Study
+from sweep.tracking import saved_view
 from sweep.tracking.connection import Tracking, without_credentials
 from sweep.tracking.entities import (
     COSTS,
@@ -24,14 +25,17 @@ from sweep.tracking.entities import (
     cost_metrics,
     count_trials,
     data_input,
+    experiment_note,
     headline,
     ms,
+    outcome_note,
     run_name,
     study_params,
     trial_metrics,
     trial_params,
 )
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
+from sweep.tracking.models import log_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,6 +45,7 @@ BATCH = 900  # metrics a call; MLflow refuses more than 1000 entities
 # Ours: the parent is found by study and start, a child by its trial; the others say how far the projection got.
 STUDY, STARTED, TRIAL, STATE, REASON = "sweep.study", "sweep.started", "sweep.trial", "sweep.state", "sweep.reason"
 POINTS, PROJECTED, OUTCOME = "sweep.points", "sweep.projected", "sweep.outcome"
+FIGURES = ("loss-by-rank", "pareto")  # of the report, that the parent run's description shows
 PARENT, NOTE, SOURCE = "mlflow.parentRunId", "mlflow.note.content", "mlflow.source.name"
 
 
@@ -48,7 +53,7 @@ PARENT, NOTE, SOURCE = "mlflow.parentRunId", "mlflow.note.content", "mlflow.sour
 class Outcome:
     report: Path | None = None
     adapter: Path | None = None
-    recommendation: str = ""
+    recommendation: str = ""  # Markdown
 
 
 @dataclass
@@ -88,6 +93,8 @@ def open_view(client: MlflowClient, study: Study, started: float, tracking: Trac
         experiment_id = experiment.experiment_id
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment_id)
+    if not experiment or saved_view.TAG not in experiment.tags:  # one that somebody changed by hand stays
+        client.set_experiment_tag(experiment_id, saved_view.TAG, saved_view.saved_view(study, ms(started)))
     # The start tells apart studies of one name from different homes on one server.
     ours = f"tags.`{STUDY}` = '{study.name}' AND tags.`{STARTED}` = '{started!r}'"
     found = _search(client, experiment_id, ours)
@@ -109,7 +116,7 @@ def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome) -> N
     if view.projected == journal and view.tags.get(OUTCOME) == told:
         return
     if view.children is None:
-        view.children = _find_children(view)
+        view.children = find_children(view)
     record = read_study_record(folder)
     _describe_parent(view, study, record)
     for trial in record.trials:
@@ -120,7 +127,8 @@ def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome) -> N
     view.projected = journal
 
 
-def _find_children(view: View) -> dict[int, Child]:
+def find_children(view: View) -> dict[int, Child]:
+    """The trials' runs, by the trial's number."""
     children: dict[int, Child] = {}
     for run in _search(view.client, view.experiment_id, f"tags.`{PARENT}` = '{view.parent_id}'"):
         tags = run.data.tags
@@ -210,9 +218,14 @@ def _log_outcome(view: View, study: Study, outcome: Outcome, told: str) -> None:
     for folder, name in ((outcome.report, "report"), (outcome.adapter, "adapter")):
         if folder:
             view.client.log_artifacts(view.parent_id, str(folder), name)
-    where = "The whole report is among the artifacts: `report/report.html`." if outcome.report else ""
-    note = "\n\n".join(filter(None, (headline(study), outcome.recommendation, where)))
-    view.client.set_tag(view.parent_id, NOTE, note)
+    if outcome.adapter:
+        log_model(view.client, view.experiment_id, view.parent_id, outcome.adapter)
+    if outcome.report:
+        shown = [name for name in FIGURES if (outcome.report / "figures" / f"{name}.png").exists()]
+        place = view.experiment_id, view.parent_id
+        note = outcome_note(study, outcome.recommendation, *place, shown)
+        view.client.set_tag(view.parent_id, NOTE, note)
+        view.client.set_experiment_tag(view.experiment_id, NOTE, experiment_note(study, outcome.recommendation, *place))
     view.client.set_tag(view.parent_id, OUTCOME, told)
     view.tags[OUTCOME] = told
 
