@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, Cost, Prepared, TrialSpec
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, Cost, Prepared, TrialSpec
 from sweep.study.schema import Study
 from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param
 
 COSTS = ("trainable_params", "total_params", "peak_memory_bytes", "step_time_s", "tokens_per_second", "adapter_bytes")
-STATUS = {COMPLETE: "FINISHED", PRUNED: "KILLED", DIVERGED: "FAILED", FAILED: "FAILED"}
+STATUS = {COMPLETE: "FINISHED", PRUNED: "KILLED", DIVERGED: "FAILED", INFEASIBLE: "FAILED", FAILED: "FAILED"}
 
 
 def run_name(spec: TrialSpec) -> str:
