@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from sweep.report.costs import costs_section
 from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
 from sweep.report.forgetting_section import forgetting_section
 from sweep.report.latency import latency_section
@@ -65,7 +66,11 @@ def page(template: str, to: Path, view: dict[str, Any], figures: list[Drawn], st
 
 def analysis_sections(study: Study, record: StudyRecord, findings: Findings, figures: Path) -> list[Section]:
     """What analyses found about this study, one section each; their figures are drawn into the folder `figures`."""
-    sections = [prefix_section(study, findings, figures), forgetting_section(study, record, findings, figures)]
+    sections = [
+        costs_section(study, record),
+        prefix_section(study, findings, figures),
+        forgetting_section(study, record, findings, figures),
+    ]
     rank_use = read_analysis(record.folder, "rank-use")
     if rank_use is not None:
         sections.append(rank_use_section(study, record, rank_use, figures))
