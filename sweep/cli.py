@@ -86,11 +86,16 @@ def run(
         bool,
         typer.Option("--dry-run", help="Print arms, trials, parameters, predicted memory and time; train no trial."),
     ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(metavar="X", help="With --dry-run: what an hour costs, to price the study.")
+    ] = None,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
     from sweep import over_domains
     from sweep.study.domains import parts_of
 
+    if price_per_hour is not None and not (dry_run and 0 < price_per_hour < float("inf")):
+        raise Refused("--price-per-hour: give a price above 0" if dry_run else "--price-per-hour: only with --dry-run")
     place = find_home(home)
     source = _read(study, place, overrides or [])
     _need_writable(place)
@@ -99,7 +104,7 @@ def run(
             for part in parts_of(source.study):
                 if part != source.study:
                     _say(f"study {part.name}")
-                _dry_run(part, place)
+                _dry_run(part, place, price_per_hour)
         elif source.study.data.domains:
             over_domains.run(source.study, place, lambda part: _run(part, place, executor), _say)
         else:
@@ -115,16 +120,19 @@ def status(
 ) -> None:
     """Show how far studies are, also while they run."""
     from sweep import console
-    from sweep.over_domains import part_names
+    from sweep.driver.progress import planned_trials
+    from sweep.over_domains import parts_by_name
     from sweep.tracking.journal import read_study_record
 
     place, out = find_home(home), console.console()
-    names = part_names([name_of(study, place)] if study else list_studies(place), place)
-    if not names:
+    studies = parts_by_name([name_of(study, place)] if study else list_studies(place), place)
+    if not studies:
         out.print(f"no studies in {place.root}")
         return
-    records = {name: read_study_record(place.study(name)) for name in names}
-    out.print(console.studies_table(records, running={name for name in names if _is_running(place.study(name))}))
+    records = {name: read_study_record(place.study(name)) for name in studies}
+    planned = {name: planned_trials(studies[name], record) for name, record in records.items()}
+    running = {name for name in studies if _is_running(place.study(name))}
+    out.print(console.studies_table(records, planned, running))
 
 
 @app.command()
@@ -269,17 +277,21 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         raise typer.Exit(FAILED)
 
 
-def _dry_run(study: Study, home: Home) -> None:
+def _dry_run(study: Study, home: Home, an_hour: float | None) -> None:
     from sweep import console
-    from sweep.execution.worker import prepare
-    from sweep.training.forecast import forecast
+    from sweep.driver.pricing import priced
+    from sweep.execution.worker import forecast, prepare
 
-    _say("reading the model and the data, and timing a few steps of packs (a minute or so the first time)")
+    _say("reading the model and the data; calibrating packs with a few steps (a minute or more, the first time)")
     arms, setup = study.list_arms(), study.setup(str(home.cache))
     prepared = prepare(setup, arms)
-    lines, table = console.plan(study, prepared, forecast(setup, prepared, arms))
+    _say("probing the smallest and the largest arm and full fine-tuning, each alone for a few steps")
+    lines, table, below = console.plan(
+        study, prepared, priced(study, prepared, forecast(setup, prepared, arms)), an_hour
+    )
     _say(*lines)
     console.console().print(table)
+    _say(*below)
 
 
 def _read(study: str, home: Home, overrides: Sequence[str] = ()) -> StudyFile:

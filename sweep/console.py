@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweep.study.arms import FULL
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, SEARCH, Prepared
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Prepared, StudyForecast
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sweep.adapters.peft_format import PeftAdapter
     from sweep.doctor import Check
     from sweep.driver.progress import Progress
-    from sweep.training.forecast import Forecast
 
 SECONDS_BETWEEN_LINES = 10.0
 WIDTH_OF_NO_TERMINAL = 200
@@ -76,6 +75,7 @@ def _progress_line(progress: Progress) -> str:
             ("running", progress.running),
             ("pruned", progress.pruned),
             ("diverged", progress.diverged),
+            ("too large for this device", progress.infeasible),
             ("failed", progress.failed),
         )
         if number
@@ -91,7 +91,19 @@ def _progress_line(progress: Progress) -> str:
 
 def _progress_table(progress: Progress) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("phase", "trials", "done", "running", "pruned", "diverged", "failed", "best so far", "time left"):
+    heads = [
+        "phase",
+        "trials",
+        "done",
+        "running",
+        "pruned",
+        "diverged",
+        INFEASIBLE,
+        "failed",
+        "best so far",
+        "time left",
+    ]
+    for name in heads:
         table.add_column(name, no_wrap=True)
     table.add_row(
         progress.phase,
@@ -100,6 +112,7 @@ def _progress_table(progress: Progress) -> Table:
         str(progress.running),
         str(progress.pruned),
         _alarm(progress.diverged),
+        _alarm(progress.infeasible),
         _alarm(progress.failed),
         _best(progress) if progress.best_arm is not None else "–",
         clock(progress.seconds_left) if progress.seconds_left is not None else "–",
@@ -131,8 +144,11 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[list[str], Table]:
-    """What a dry run shows: (lines, a table with a row an arm)."""
+def plan(
+    study: Study, prepared: Prepared, forecast: StudyForecast, an_hour: float | None
+) -> tuple[list[str], Table, list[str]]:
+    """What a dry run shows: (lines, a table with a row an arm, lines below it). an_hour: what an hour costs."""
+    from sweep.driver.pricing import price_arms, shortage
     from sweep.report import words
     from sweep.report.truncation import truncation_lines
 
@@ -155,32 +171,62 @@ def plan(study: Study, prepared: Prepared, rows: Sequence[Forecast]) -> tuple[li
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm")
-    for name in ("trainable parameters", "peak memory", "time a step", "time a trial"):
+    heads = ("parameters", "peak memory", "a step", "a trial", "its search", "its confirm phase", "fits")
+    for name in heads:
         table.add_column(name, justify="right")
-    for row in rows:
+    for row in price_arms(study, forecast):
+        found = row.forecast
         table.add_row(
             row.arm.name,
-            f"{row.trainable_params:,}",
-            words.size(row.peak_memory_bytes),
-            words.duration(row.step_seconds),
-            clock(row.step_seconds * study.train.steps),
+            f"{found.trainable_params:,}",
+            words.size(found.peak_memory_bytes),
+            words.duration(found.step_time_s),
+            *(words.NOTHING if s is None else clock(s) for s in (row.trial_s, row.search_s, row.confirm_s)),
+            "yes" if found.fits else f"no: {shortage(forecast, found)}",
         )
-    searched = sum(row.step_seconds * len(rates[row.arm.name]) * study.train.steps for row in rows)
-    lines.append(f"the search alone, unpacked and unpruned: at most {clock(searched)}; packs and pruning shorten it")
-    lines.append(
-        "memory and time are predicted, for each arm alone, from one timed forward pass: on a busy machine they are off"
-    )
-    return lines, table
+    return lines, table, _whole(forecast, an_hour)
+
+
+def _whole(forecast: StudyForecast, an_hour: float | None) -> list[str]:
+    """What the whole study takes, and how that was found."""
+    probed = [arm.cost_key for arm in forecast.arms if arm.probed]
+    others = len(forecast.arms) > len(probed)
+    told = []
+    for how, seconds in (
+        ("in packs, as it will run", forecast.packed_s),
+        ("one trial after the other", forecast.alone_s),
+    ):
+        assert seconds is not None
+        price = "" if an_hour is None else f", {seconds / 3600 * an_hour:,.2f} at {an_hour:g} an hour"
+        told.append(f"the whole study {how}: at most {seconds / 3600:.2f} hours ({clock(seconds)}){price}")
+    return [
+        *told,
+        "with pruning and evaluation; without preparation, loading, checkpoints, the solo probes at the end and the "
+        "report" + ("; arms that are not expected to fit are not in it" if forecast.doubtful else ""),
+        "its search: the arm's share of its rank's steps, pruning counted; its confirm phase: if it is a finalist; "
+        "both one trial after the other",
+        (f"probed alone for a few steps: {', '.join(probed)}" if probed else "no arm could be probed")
+        + ("; the others are scaled from these" if others and probed else "")
+        + f"; a trial may take {_size(forecast.memory_limit_bytes)}",
+        *(f"note: {arm.cost_key}: {arm.note}" for arm in forecast.arms if arm.note and arm.fits),
+    ]
+
+
+def _size(value: int) -> str:
+    from sweep.report.words import size
+
+    return size(value)
 
 
 def _rates(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
-def studies_table(records: Mapping[str, StudyRecord], running: Container[str]) -> Table:
-    """How far each study is; running: those that a driver works on now."""
+def studies_table(records: Mapping[str, StudyRecord], planned: Mapping[str, int], running: Container[str]) -> Table:
+    """How far each study is. planned: trials in all, as the log counts; running: those that a driver works on now."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("study", "now", "phase", "trials", COMPLETE, PRUNED, DIVERGED, FAILED, "open", "best of the search"):
+    ends = (COMPLETE, PRUNED, DIVERGED, INFEASIBLE, FAILED)
+    for name in ("study", "now", "phase", "trials done", *ends, "open", "best of the search"):
         table.add_column(name, no_wrap=name != "best of the search")
     for name, record in records.items():
         states = [trial.state for trial in record.trials]
@@ -188,8 +234,8 @@ def studies_table(records: Mapping[str, StudyRecord], running: Container[str]) -
             name,
             "running" if name in running else "complete" if record.finished_at else "stopped",
             _phase(record),
-            str(len(states)),
-            *(str(states.count(state)) for state in (COMPLETE, PRUNED, DIVERGED, FAILED, None)),
+            f"{len(states) - states.count(None)} of {planned[name]}",
+            *(str(states.count(state)) for state in (*ends, None)),
             _best_trial(record),
         )
     return table

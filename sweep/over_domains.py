@@ -99,9 +99,9 @@ def refuse_whole(study: Study) -> None:
         raise Refused(f"{study.name} is a study over domains: name one of {names}")
 
 
-def part_names(names: Iterable[str], home: Home) -> list[str]:
-    """The names with those of parts in place of a study over domains; each once."""
+def parts_by_name(names: Iterable[str], home: Home) -> dict[str, Study]:
+    """The studies as they ran, with the parts of a study over domains in its place; each once."""
     from sweep.study.file import read_study
 
     studies = [read_study(home.study(name).study_file).study for name in names]
-    return list(dict.fromkeys(part.name for study in studies for part in parts_of(study)))
+    return {part.name: part for study in studies for part in parts_of(study)}

@@ -9,7 +9,17 @@ from typing import Any
 
 from sweep.execution.worker import Work
 from sweep.study.arms import Arm
-from sweep.study.records import Cost, Measurement, Prepared, Setup, SourceText, TrialSpec, Unit
+from sweep.study.records import (
+    Cost,
+    Forecast,
+    Measurement,
+    Prepared,
+    Setup,
+    SourceText,
+    StudyForecast,
+    TrialSpec,
+    Unit,
+)
 from sweep.study.schema import Study
 
 
@@ -99,9 +109,16 @@ def fingerprints(setup: Setup) -> tuple[str, str, str]:
     return "d", "m", "t" if setup.forgetting else ""
 
 
+def forecast(setup: Setup, prepared: Prepared, arms: tuple[Arm, ...], limit: int = 10) -> StudyForecast:
+    """An arm needs as many bytes as its rank; full fine-tuning 9."""
+    peaks = {arm.cost_key: arm.r or 9 for arm in arms}
+    every = tuple(Forecast(key, peak, peak, 0.1, peak <= limit, False) for key, peak in peaks.items())
+    return StudyForecast(every, limit, 0.01, 0.02)
+
+
 def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     return Cost(arm.cost_key, arm.r, 1, 1, {"weights": 1}, 0.1, (0.1,), 1.0, 1, "cpu")
 
 
 def fake_work(train: Callable[[Unit], tuple[Measurement, ...]] = train_rung) -> Work:
-    return Work(prepare=prepare, fingerprints=fingerprints, train_rung=train, probe=probe)
+    return Work(prepare=prepare, fingerprints=fingerprints, forecast=forecast, train_rung=train, probe=probe)

@@ -103,10 +103,11 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_status_counts_and_tells_who_runs(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
-    begin_study(home, "mine", ["complete", "complete", "pruned", "diverged", "failed", None])
+    begin_study(home, "mine", ["complete", "complete", "pruned", "diverged", "infeasible", "failed", None])
     resting = sweep("status", "--home", str(home.root), cwd=tmp_path)
     assert resting.returncode == 0
-    assert resting.stdout.splitlines()[-2].split()[:9] == ["mine", "stopped", "search", "6", "2", "1", "1", "1", "1"]
+    # Of 15 search trials, and 3 finalists on 2 seeds, 6 have ended: the log of `sweep run` would say "6 of 21".
+    assert " ".join(resting.stdout.splitlines()[-2].split()).startswith("mine stopped search 6 of 21 2 1 1 1 1 1 ")
     with hold_lock(home.study("mine")) as lock:
         lock.write(str(os.getpid()))
         lock.flush()
@@ -163,7 +164,7 @@ def test_sigterm_interrupts_as_ctrl_c_does(tmp_path: Path) -> None:
 
 
 def progress(message: str, done: int = 0, phase: str = "search") -> Progress:
-    return Progress(phase, 50, done, 4, 1, 0, 0, "r2-ratio1", 0.01, 0.5, 10, 100, 75.0, message)
+    return Progress(phase, 50, done, 4, 1, 0, 0, 0, "r2-ratio1", 0.01, 0.5, 10, 100, 75.0, message)
 
 
 def test_plain_lines_come_on_news_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,28 +9,30 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 
+from sweep.study.arms import Arm
 from sweep.study.file import read_study
-from sweep.study.records import Cost, Prepared
+from sweep.study.records import Cost, Prepared, StudyForecast
 from sweep.study.schema import Study
 from sweep.training.base import load_base
-from sweep.training.forecast import Forecast, forecast
+from sweep.training.forecast import forecast
 from sweep.training.locate import locate_model
 from sweep.training.prepare import prepare
 from sweep.training.probe import probe
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Prepared, dict[str, Cost], dict[str, Forecast]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Prepared, dict[str, Cost], StudyForecast]:
     cache = str(tmp_path_factory.mktemp("cache"))
     overrides = ["data.max_length=16", "train.batch_size=4", "arms.alpha_ratio=[1]", "train.precision=float32"]
     study = read_study(Path("studies/quickstart.yaml"), overrides).study
-    arms = [arm for arm in study.list_arms() if arm.r in (0, 2, 64)]
+    arms = [arm for arm in study.list_arms() if arm.r in (0, 2, 8, 64)]
     prepared = prepare(study.setup(cache), tuple(arms))
+    foretold = forecast(study.setup(cache), prepared, arms)  # before anything is measured, as in a study
     costs = {arm.name: probe(study.setup(cache), prepared, arm) for arm in arms}
-    return study, prepared, costs, {row.arm.name: row for row in forecast(study.setup(cache), prepared, arms)}
+    return study, prepared, costs, foretold
 
 
-Found = tuple[Study, Prepared, dict[str, Cost], dict[str, Forecast]]
+Found = tuple[Study, Prepared, dict[str, Cost], StudyForecast]
 
 
 def test_trainable_parameters_are_pefts(found: Found) -> None:
@@ -76,7 +78,40 @@ def test_adapter_bytes_are_the_tensors_and_a_header(found: Found) -> None:
 
 
 def test_memory_foretold_is_near_the_memory_measured(found: Found) -> None:
-    _, _, costs, rows = found
-    for name, cost in costs.items():
-        assert rows[name].trainable_params == cost.trainable_params
-        assert rows[name].peak_memory_bytes == pytest.approx(cost.peak_memory_bytes, rel=0.35)
+    _, _, costs, foretold = found
+    for cost in costs.values():
+        row = foretold.of(cost.cost_key)
+        assert row is not None and row.fits
+        assert row.trainable_params == cost.trainable_params
+        assert row.peak_memory_bytes == pytest.approx(cost.peak_memory_bytes, rel=0.2)
+
+
+def test_the_ends_and_full_finetuning_are_probed_and_the_rest_is_scaled(found: Found) -> None:
+    _, _, costs, foretold = found
+    assert {row.cost_key for row in foretold.arms if row.probed} == {
+        costs[n].cost_key for n in ("r2-ratio1", "r64-ratio1", "full")
+    }
+    assert foretold.validation_s > 0 and foretold.test_s > foretold.validation_s  # 5 and 15 % of the rows
+
+
+def test_an_arm_larger_than_the_memory_is_not_tried_and_marked(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study, prepared, costs, _ = found
+    limit = 4 * 4 * costs["full"].trainable_params - 1  # a byte too few for weights, gradients and two moments
+    tried: list[str] = []
+
+    def refuse(setup: object, prepared: object, arm: Arm, warmup: int, steps: int) -> Cost:
+        tried.append(arm.name)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("sweep.training.forecast.memory_limit", lambda held: limit)
+    monkeypatch.setattr("sweep.training.forecast.probe", refuse)
+    arms = [arm for arm in study.list_arms() if arm.name in costs]
+    foretold = forecast(study.setup(str(tmp_path)), prepared, arms)
+    rows = {row.cost_key: row for row in foretold.arms}
+    assert tried == ["r2-ratio1", "r64-ratio1"]
+    assert foretold.doubtful == {costs[n].cost_key for n in ("r2-ratio1", "r64-ratio1", "full")}
+    assert rows["full"].step_time_s is None and "not tried" in rows["full"].note
+    assert "MemoryError: no room" in rows[costs["r2-ratio1"].cost_key].note
+    assert rows[costs["r8-ratio1"].cost_key].fits and not rows[costs["r8-ratio1"].cost_key].probed

@@ -8,14 +8,25 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group, steps_ahead
 from sweep.driver.interrupts import heed, interruptible
-from sweep.driver.packing import Pack, Ready, at_most, calibration_lines, halves, is_out_of_memory, plan_packs
+from sweep.driver.packing import (
+    Pack,
+    Ready,
+    at_most,
+    before_doubtful,
+    calibration_lines,
+    disturbance,
+    halves,
+    plan_packs,
+)
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
+from sweep.driver.pricing import forecast_lines, priced
 from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
 from sweep.driver.session import Session, ask, can_ask, end, settle, warn
@@ -24,9 +35,20 @@ from sweep.driver.takeup import match_trials, refuse_other_inputs, take_up
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.report.truncation import truncation_lines
-from sweep.study.errors import FieldError
+from sweep.study.errors import FieldError, in_one_line, is_out_of_memory, was_killed
 from sweep.study.home import StudyFolder
-from sweep.study.records import CONFIRM, DIVERGED, FAILED, PRUNED, Cost, Prepared, Unit, to_json
+from sweep.study.records import (
+    CONFIRM,
+    DIVERGED,
+    FAILED,
+    INFEASIBLE,
+    PRUNED,
+    Cost,
+    Prepared,
+    StudyForecast,
+    Unit,
+    to_json,
+)
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, append, read_study_record
 
@@ -78,7 +100,8 @@ def run_study(
         take_up(session)
         session.tally.steps_left = steps_ahead(study, records, known.finalists)
         prepared = known.prepared or _prepare(session)
-        slots = search_slots(study)
+        forecast = known.forecast if records or known.forecast else _forecast(session, prepared)
+        slots = search_slots(study, forecast.doubtful if forecast else ())
         pack_size = _run_phase(session, prepared, slots, study.search.keep, prepared.pack_size)
         finalists = known.finalists or _choose(session, slots)
         _run_phase(session, prepared, confirm_slots(study, finalists), 1.0, pack_size)
@@ -94,9 +117,31 @@ def _prepare(session: Session) -> Prepared:
     arms = session.study.list_arms()
     prepared: Prepared = session.executor.submit(session.work.prepare, session.setup, arms).result()
     append(session.folder.journal, "prepared", prepared=to_json(prepared))
+    for line in disturbance(prepared):
+        warn(session, line)
+        session.say(line)
     for line in (*truncation_lines(prepared, session.study.task), *calibration_lines(prepared)):
         session.say(line)
     return prepared
+
+
+def _forecast(session: Session, prepared: Prepared) -> StudyForecast | None:
+    """What the arms will cost, before the first trial; None, and a warning, where that cannot be told."""
+    session.say("forecasting what the arms cost: a few probe steps of some")
+    arms = session.study.list_arms()
+    try:
+        found = session.executor.submit(session.work.forecast, session.setup, prepared, arms).result()
+    except FieldError:
+        raise
+    except Exception as error:
+        heed()
+        warn(session, f"what the arms cost could not be forecast: {in_one_line(error)}")
+        return None
+    forecast = priced(session.study, prepared, found)
+    append(session.folder.journal, "forecast", forecast=to_json(forecast))
+    for line in forecast_lines(forecast):
+        session.say(line)
+    return forecast
 
 
 def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], keep: float, pack_size: int) -> int:
@@ -117,11 +162,16 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
         while trouble is None and len(running) < session.executor.slots:
             if not packs:
                 askable = {member.slot.index for member in ready if can_ask(session, member.slot)}
-                packs.extend(plan_packs([m for m in ready if m.slot.index in askable], pack_size))
-                ready = [member for member in ready if member.slot.index not in askable]
+                turn = before_doubtful([m for m in ready if m.slot.index in askable], bool(running))
+                packs.extend(plan_packs(turn, pack_size))
+                ready = [member for member in ready if member not in turn]
             if not packs:
                 break
-            pack = packs.popleft()
+            pack, spared = _spare_unfit(session, packs.popleft())
+            for slot in spared:
+                ready += _leave_rung(session, slot, group_of[slot.index])
+            if not pack.slots:
+                continue
             running[_submit(session, prepared, pack)] = pack
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         heed()  # before an error that an interrupt was turned into counts as a trial's
@@ -133,18 +183,21 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
                 raise error  # an interrupt that reached the worker
             if error is not None and _is_passing(error):
                 trouble = error
-                session.say(f"{_trials(pack)} cannot go on: {_one_line(error)}")
+                session.say(f"{_trials(pack)} cannot go on: {in_one_line(error)}")
                 continue
             if error is not None and len(pack.slots) > 1:
                 if is_out_of_memory(error):
                     pack_size = min(pack_size, max(1, len(pack.slots) // 2))
                     packs = deque(part for queued in packs for part in at_most(queued, pack_size))
                 packs.extendleft(reversed(halves(pack)))
-                session.say(f"{_trials(pack)} failed together and are tried in halves: {_one_line(error)}")
+                session.say(f"{_trials(pack)} failed together and are tried in halves: {in_one_line(error)}")
                 continue
-            if error is not None:
-                end(session, pack.slots[0].name, FAILED, _one_line(error))
-                message = f"{_trials(pack)} failed: {_one_line(error)}"
+            if error is not None and is_out_of_memory(error):
+                end(session, pack.slots[0].name, INFEASIBLE, f"does not fit on this device ({in_one_line(error)})")
+                message = f"{_trials(pack)} does not fit on this device: {in_one_line(error)}"
+            elif error is not None:
+                end(session, pack.slots[0].name, FAILED, in_one_line(error))
+                message = f"{_trials(pack)} failed: {in_one_line(error)}"
             else:
                 for slot, measurement in zip(pack.slots, future.result(), strict=True):
                     settle(session, slot.name, measurement)
@@ -175,11 +228,23 @@ def _submit(session: Session, prepared: Prepared, pack: Pack) -> Future[Any]:
     )
 
 
+def _spare_unfit(session: Session, pack: Pack) -> tuple[Pack, list[Slot]]:
+    """End those of the pack whose like was found not to fit, without running them. Returns the rest, and them."""
+    spared = []
+    for slot in pack.slots:
+        found_by = session.unfit_by(slot.arm.cost_key)
+        if found_by is not None:
+            ask(session, slot)
+            end(session, slot.name, INFEASIBLE, f"does not fit on this device, as trial {found_by} found; not run")
+            spared.append(slot)
+    return replace(pack, slots=tuple(slot for slot in pack.slots if slot not in spared)), spared
+
+
 def _leave_rung(session: Session, slot: Slot, group: Group) -> list[Ready]:
     """Count a trial whose rung is over; the last of its group lets the group be judged. Returns who may go on."""
     before = group_steps(group)
     group.on_their_way -= 1
-    if session.records[slot.name].state in (DIVERGED, FAILED):
+    if session.records[slot.name].state in (DIVERGED, INFEASIBLE, FAILED):
         group.alive -= 1
     session.tally.steps_left += group_steps(group) - before
     return [] if group.on_their_way else _judge(session, group)
@@ -218,6 +283,8 @@ def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -
     session.tally.phase = "cost"
     arms = {arm.cost_key: arm for arm in reversed(session.study.list_arms()) if arm.cost_key not in known}
     for key, arm in reversed(arms.items()):
+        if session.unfit_by(key) is not None:
+            continue
         session.say(f"measuring the cost of {key}")
         try:
             cost: Cost = session.executor.submit(session.work.probe, session.setup, prepared, arm).result()
@@ -225,7 +292,7 @@ def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -
             raise
         except Exception as error:
             heed()
-            warn(session, f"the cost of {key} could not be measured: {_one_line(error)}")
+            warn(session, f"the cost of {key} could not be measured: {_why_not(error)}")
             continue
         append(session.folder.journal, "cost", cost=to_json(cost))
 
@@ -242,8 +309,10 @@ def _trials(pack: Pack) -> str:
     return f"{len(pack.slots)} trial{'s' if len(pack.slots) > 1 else ''} ({shown})"
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].rstrip(": ")
+def _why_not(error: BaseException) -> str:
+    if is_out_of_memory(error):
+        return f"it does not fit on this device in a process of its own ({in_one_line(error)})"
+    return in_one_line(error) + (" (its process was killed, perhaps for want of memory)" if was_killed(error) else "")
 
 
 def _versions() -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -30,7 +29,8 @@ class Ready:
 
 
 def plan_packs(ready: Iterable[Ready], pack_size: int) -> list[Pack]:
-    """Packs of at most `pack_size`, lowest start first and as even as can be; full fine-tuning alone.
+    """Packs of at most `pack_size`, lowest start first and as even as can be; full fine-tuning and what may not fit
+    alone.
 
     Within a start the plan's order holds; it goes by rank, so that a pack has few ranks.
     """
@@ -42,6 +42,12 @@ def plan_packs(ready: Iterable[Ready], pack_size: int) -> list[Pack]:
         bounds = [len(slots) * i // count for i in range(count + 1)]
         packs += [Pack(tuple(slots[a:b]), start, stop) for a, b in pairwise(bounds)]
     return packs
+
+
+def before_doubtful(ready: Sequence[Ready], training: bool) -> list[Ready]:
+    """Those whose turn it is: what may not fit waits until nothing else is ready or in training."""
+    expected = [member for member in ready if not member.slot.doubtful]
+    return expected if expected or training else list(ready)
 
 
 def halves(pack: Pack) -> tuple[Pack, Pack]:
@@ -57,14 +63,6 @@ def at_most(pack: Pack, pack_size: int) -> list[Pack]:
     return [part for half in halves(pack) for part in at_most(half, pack_size)]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """By name and text, since the driver knows no torch: CUDA's own error, Python's, and the CPU allocator's."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in told)
-
-
 def calibration_lines(prepared: Prepared) -> list[str]:
     """What was chosen, and the figures that decided."""
     chosen = f"{prepared.precision}, {prepared.attention} attention, on {prepared.device}"
@@ -78,8 +76,24 @@ def calibration_lines(prepared: Prepared) -> list[str]:
     return lines
 
 
+def disturbance(prepared: Prepared) -> list[str]:
+    """A warning where something else kept the machine busy during the calibration, so that it may have chosen badly."""
+    apart = [
+        f"{f['precision']} {f['attention']} ×{f['pack_size']} took {f['ms_per_trial_step']} and {f['slowest_ms']}"
+        for f in prepared.calibration
+        if "slowest_ms" in f
+    ]
+    if not apart:
+        return []
+    return [
+        f"calibration was disturbed: {', '.join(apart)} ms a trial and step in two rounds, so that precision, "
+        "attention or pack size may be badly chosen; to calibrate anew, remove calibration-*.json in the home's cache "
+        "and give the study another name"
+    ]
+
+
 def _kind(ready: Ready) -> tuple[int, int, bool]:
-    return ready.start, ready.stop, ready.slot.arm.is_full
+    return ready.start, ready.stop, ready.slot.arm.is_full or ready.slot.doubtful
 
 
 def _order(ready: Ready) -> tuple[int, int, bool, int]:

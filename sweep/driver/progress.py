@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sweep.driver.plan import Finalists, count_finalists
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, SEARCH, Measurement
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Measurement
 from sweep.study.schema import Study, rate_values
-from sweep.tracking.journal import TrialRecord
+from sweep.tracking.journal import StudyRecord, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Progress:
 
     phase: str  # "prepare", "search", "confirm", "cost", "done"
     total: int  # trials of the whole study, the confirm phase included
-    done: int  # ended, in whatever state: pruned, diverged and failed ones are among them
+    done: int  # ended, in whatever state: pruned, diverged, infeasible and failed ones are among them
     running: int  # in training at this moment
     pruned: int
     diverged: int
+    infeasible: int
     failed: int
     best_arm: str | None  # of the search so far: the lowest loss at the furthest rung that any trial has reached
     best_rate: float | None
@@ -57,14 +58,24 @@ def start_tally(study: Study, records: Iterable[TrialRecord], finalists: Finalis
         if record.state:
             tally.ends[record.state] += 1
     tally.session_steps = 0
-    search = sum(len(rate_values(study.rates(arm))) for arm in study.list_arms())
-    tally.total = search + confirm_trials(study, finalists)
+    tally.total = search_trials(study) + confirm_trials(study, finalists)
     return tally
+
+
+def search_trials(study: Study) -> int:
+    return sum(len(rate_values(study.rates(arm))) for arm in study.list_arms())
 
 
 def confirm_trials(study: Study, finalists: Finalists) -> int:
     """How many trials the confirm phase has; before its finalists are known, how many it should have."""
     return (len(finalists) or count_finalists(study)) * len(study.confirm.seeds)
+
+
+def planned_trials(study: Study, record: StudyRecord) -> int:
+    """Trials of the whole study, as `Progress.total` tells them."""
+    if record.finished_at is not None:
+        return len(record.trials)
+    return search_trials(study) + confirm_trials(study, record.finalists)
 
 
 def count_rung(tally: Tally, record: TrialRecord, measurement: Measurement) -> None:
@@ -87,10 +98,11 @@ def snapshot(tally: Tally, message: str) -> Progress:
     return Progress(
         phase=tally.phase,
         total=tally.total,
-        done=sum(tally.ends[state] for state in (COMPLETE, PRUNED, DIVERGED, FAILED)),
+        done=sum(tally.ends[state] for state in (COMPLETE, PRUNED, DIVERGED, INFEASIBLE, FAILED)),
         running=tally.running,
         pruned=tally.ends[PRUNED],
         diverged=tally.ends[DIVERGED],
+        infeasible=tally.ends[INFEASIBLE],
         failed=tally.ends[FAILED],
         best_arm=arm,
         best_rate=rate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sweep.driver.checkpoints import tidy_checkpoints
 from sweep.driver.interrupts import uninterrupted
@@ -15,7 +15,7 @@ from sweep.driver.storage import Ledger, create_trial, report, tell
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.study.home import StudyFolder
-from sweep.study.records import COMPLETE, DIVERGED, Measurement, Setup, TrialSpec
+from sweep.study.records import COMPLETE, DIVERGED, INFEASIBLE, Measurement, Setup, TrialSpec
 from sweep.study.schema import Range, Study
 from sweep.tracking.journal import Rung, TrialRecord, append, append_asked, append_end, append_rung
 
@@ -32,6 +32,23 @@ class Session:
     tally: Tally
     records: dict[str, TrialRecord]  # by slot name: what is known of every trial asked so far
     warnings: set[str]  # already in the journal
+    ran: set[str] = field(default_factory=set)  # cost keys of which a trial has reached a rung
+    unfit: dict[str, int] = field(default_factory=dict)  # cost key → the trial that found out that it does not fit
+
+    def __post_init__(self) -> None:
+        for record in sorted(self.records.values(), key=lambda record: record.ended_at or 0.0):
+            self.learn(record)
+
+    def learn(self, record: TrialRecord) -> None:
+        """What a trial tells about room for its like."""
+        if record.rungs:
+            self.ran.add(record.spec.arm.cost_key)
+        if record.state == INFEASIBLE:
+            self.unfit.setdefault(record.spec.arm.cost_key, record.spec.number)
+
+    def unfit_by(self, cost_key: str) -> int | None:
+        """The trial that found that nothing of this cost fits; None where that is not known."""
+        return None if cost_key in self.ran else self.unfit.get(cost_key)
 
     def say(self, message: str) -> None:
         self.listen(snapshot(self.tally, message))
@@ -79,6 +96,7 @@ def settle(session: Session, slot: str, measurement: Measurement) -> None:
     append_rung(record.spec, measurement)
     record = replace(record, rungs=(*record.rungs, Rung(time.time(), measurement)))
     session.records[slot] = record
+    session.learn(record)
     count_rung(session.tally, record, measurement)
     if measurement.eval_loss is not None:
         report(session.ledger, record.spec.number, measurement.stop, measurement.eval_loss)
@@ -105,6 +123,7 @@ def end(session: Session, slot: str, state: str, reason: str = "") -> None:
     append_end(record.spec, state, reason)
     record = replace(record, state=state, reason=reason, ended_at=time.time())
     session.records[slot] = record
+    session.learn(record)
     session.tally.ends[state] += 1
     tell(session.ledger, record.spec.number, state, record.last.eval_loss if record.last else None, reason)
     tidy_checkpoints(record)

@@ -21,7 +21,7 @@ from sweep.driver.plan import rate_bounds
 from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.sampling import RATE
 from sweep.study.arms import Arm, pattern_text
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED
 from sweep.study.schema import Study
 
 HASH = "question_sha256"
@@ -29,8 +29,10 @@ STATES = {
     COMPLETE: TrialState.COMPLETE,
     PRUNED: TrialState.PRUNED,
     DIVERGED: TrialState.FAIL,
+    INFEASIBLE: TrialState.FAIL,
     FAILED: TrialState.FAIL,
 }
+CONSTRAINTS = "constraints"  # Optuna's and its dashboard's system attribute: above 0 is infeasible
 
 
 class StorageError(RuntimeError):
@@ -147,6 +149,8 @@ def tell(ledger: Ledger, number: int, state: str, loss: float | None, reason: st
     with suppress(UpdateFinishedTrialError):
         if reason:
             ledger.storage.set_trial_user_attr(trial_id, "reason", reason)
+        if state == INFEASIBLE:
+            ledger.storage.set_trial_system_attr(trial_id, CONSTRAINTS, [1.0])
         ledger.storage.set_trial_state_values(trial_id, STATES[state], values)
 
 

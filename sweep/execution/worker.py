@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from traceback import clear_frames
 
 from sweep.study.arms import Arm
-from sweep.study.records import Cost, Measurement, Prepared, Setup, Unit
+from sweep.study.records import Cost, Measurement, Prepared, Setup, StudyForecast, Unit
 
 
 def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
@@ -28,6 +28,13 @@ def fingerprints(setup: Setup) -> tuple[str, str, str]:
     from sweep.training.prepare import fingerprints
 
     return fingerprints(setup)
+
+
+def forecast(setup: Setup, prepared: Prepared, arms: tuple[Arm, ...]) -> StudyForecast:
+    """What every arm will cost alone, from a few probe steps of some. Raises FieldError."""
+    from sweep.training.forecast import forecast
+
+    return forecast(setup, prepared, arms)
 
 
 def train_rung(unit: Unit) -> tuple[Measurement, ...]:
@@ -66,5 +73,6 @@ class Work:
 
     prepare: Callable[[Setup, tuple[Arm, ...]], Prepared] = prepare
     fingerprints: Callable[[Setup], tuple[str, str, str]] = fingerprints
+    forecast: Callable[[Setup, Prepared, tuple[Arm, ...]], StudyForecast] = forecast
     train_rung: Callable[[Unit], tuple[Measurement, ...]] = train_rung
     probe: Callable[[Setup, Prepared, Arm], Cost] = probe

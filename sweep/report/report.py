@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sweep.report.alpha_section import alpha_section
+from sweep.report.costs import costs_section
 from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
 from sweep.report.forgetting_section import forgetting_section
 from sweep.report.latency import latency_section
@@ -72,7 +73,7 @@ def analysis_sections(study: Study, record: StudyRecord, findings: Findings, fig
         alpha_section(study, record, figures),
         prefix_section(study, findings, figures),
         forgetting_section(study, record, findings, figures),
-        published_section(study, findings),
+        costs_section(study, record),
     ]
     rank_use = read_analysis(record.folder, "rank-use")
     if rank_use is not None:
@@ -80,6 +81,7 @@ def analysis_sections(study: Study, record: StudyRecord, findings: Findings, fig
     latency = read_analysis(record.folder, "latency")
     if latency is not None:
         sections.append(latency_section(study, latency, figures))
+    sections.append(published_section(study, findings))
     return [section for section in sections if section is not None]
 
 

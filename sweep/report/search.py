@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sweep.report.words import rate
 from sweep.study.arms import Arm
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, SEARCH
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH
 from sweep.study.schema import Range, Study, rate_values
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -31,10 +31,11 @@ class SearchRow:
     pruned: int
     diverged: int
     failed: int
+    infeasible: int = 0
 
     @property
     def trials(self) -> int:
-        return self.complete + self.pruned + self.diverged + self.failed
+        return self.complete + self.pruned + self.diverged + self.failed + self.infeasible
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,5 @@ def _row(arm: Arm, trials: Sequence[TrialRecord]) -> SearchRow:
     ]
     loss, learning_rate = min(scored) if scored else (None, None)
     rates = tuple(sorted({t.spec.learning_rate for t in trials}))
-    return SearchRow(
-        arm, rates, learning_rate, loss, states[COMPLETE], states[PRUNED], states[DIVERGED], states[FAILED]
-    )
+    ends = [states[state] for state in (COMPLETE, PRUNED, DIVERGED, FAILED, INFEASIBLE)]
+    return SearchRow(arm, rates, learning_rate, loss, *ends)

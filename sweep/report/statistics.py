@@ -10,6 +10,7 @@ import numpy as np
 
 from sweep.report.cautions import cautions, first_unlearned
 from sweep.report.forgetting import at_the_end
+from sweep.report.infeasible import infeasible_warnings
 from sweep.report.intervals import NON_INFERIOR, REFERENCE, Interval, judge, t_interval
 from sweep.report.power import power
 from sweep.report.results import ArmResult, Findings
@@ -26,7 +27,7 @@ from sweep.report.traps import (
 from sweep.report.truncation import truncation_warnings
 from sweep.report.words import join, plural, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
-from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED
+from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -141,7 +142,7 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
         full_verdict=None,
         full_note="",
         diverged_seeds=tuple(t.spec.seed for t in trials if t.state == DIVERGED),
-        failed_seeds=tuple(t.spec.seed for t in trials if t.state == FAILED),
+        failed_seeds=tuple(t.spec.seed for t in trials if t.state in (FAILED, INFEASIBLE)),
         trainable_params=cost.trainable_params if cost else known,
         cost=cost,
         forgetting=at_the_end(record, done),
@@ -300,8 +301,10 @@ def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], r
                 f"{row.arm.name}: {row.failed} of {plural(row.trials, 'search trial')} failed, "
                 "so it was tuned on fewer learning rates than the others."
             )
-        if row.trials and not row.complete and not row.pruned and record.finished_at is not None:
+        ended_badly = row.trials > row.infeasible and not row.complete and not row.pruned
+        if ended_badly and record.finished_at is not None:
             warnings.append(f"{row.arm.name}: all of its search trials diverged or failed; nothing is known of it.")
+    warnings += infeasible_warnings(study, record)
     if len(rate_values(study.tune.learning_rate)) == 1:
         warnings.append("The learning rate was not tuned: each arm had one value, which may suit some arms better.")
     if record.prepared is not None and study.data.max_length is not None:

@@ -125,13 +125,15 @@ def chance_line(study: Study, findings: Findings) -> str:
 
 def search_table(findings: Findings) -> Table:
     """Every arm of the search, with the number of its trials by how they ended."""
-    heads = ("Arm", "Learning rates", "Best", "Validation loss", "Complete", "Pruned", "Diverged", "Failed")
+    unfit = any(row.infeasible for row in findings.search)
+    ends = ("Complete", "Pruned", "Diverged", *(["Does not fit"] if unfit else []), "Failed")
+    heads = ("Arm", "Learning rates", "Best", "Validation loss", *ends)
     edges = {edge.arm: edge.side for edge in findings.edges}
     rows = []
     for row in findings.search:
         edge = f"{edges[row.arm.name]} edge" if row.arm.name in edges else ""
         best = Cell("–" if row.best_rate is None else rate(row.best_rate), edge)
-        counts = (row.complete, row.pruned, row.diverged, row.failed)
+        counts = (row.complete, row.pruned, row.diverged, *([row.infeasible] if unfit else []), row.failed)
         tried = Cell(", ".join(rate(x) for x in row.rates) or "–")
         rows.append(
             Row(
@@ -213,7 +215,6 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
             f"reference rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}, both declared before the run",
         ),
     ]
-    facts += _times(record)
     if prepared is not None and prepared.versions:
         facts.append(("Versions", ", ".join(f"{name} {v}" for name, v in sorted(prepared.versions.items()))))
     return facts
@@ -260,26 +261,6 @@ def change(found: Interval | None, decimals: int) -> Cell:
     if found is None:
         return Cell("–")
     return Cell(signed(found.mean, decimals), span(found.low, found.high, decimals, plus=True))
-
-
-def _times(record: StudyRecord) -> list[tuple[str, str]]:
-    """Each kind of time under its own name: packed time is joint and never a trial's own."""
-    facts = []
-    measurements = [rung.measurement for t in record.trials for rung in t.rungs]
-    if measurements:
-        packed = sum(m.pack_seconds / m.pack_size for m in measurements)
-        facts.append(("Packed wall time", f"{duration(packed)} for all trials together, joint and never a trial's own"))
-    costs = [(t, record.costs.get(t.spec.arm.cost_key)) for t in record.trials if t.step]
-    if costs and all(cost is not None for _, cost in costs):
-        solo = sum(t.step * cost.step_time_s for t, cost in costs if cost is not None)
-        facts.append(
-            ("Solo time", f"{duration(solo)}: the same steps one by one, by the solo probes and without evaluation")
-        )
-    if record.sessions:
-        wall = sum(stop - start for start, stop in record.sessions)
-        sessions = plural(len(record.sessions), "session")
-        facts.append(("Wall time", f"{duration(wall)} in {sessions}, from the start of each to its last event"))
-    return facts
 
 
 def _pretraining(made: Mapping[str, Any]) -> str:

@@ -1,10 +1,14 @@
-"""The error for bad input that shows only after the study file was read: it names the field and what to do."""
+"""Errors that more than one room tells apart: bad input that shows late, and want of memory."""
 
 from __future__ import annotations
 
+import errno
+
 
 class FieldError(ValueError):
-    """One or more fields of the study cannot be used as they stand.
+    """Bad input that shows only after the study file was read: it names the field and what to do.
+
+    One or more fields of the study cannot be used as they stand.
 
     problems: (dotted field as in the study file, message). Standard library only, so that the engine can raise it.
     """
@@ -15,3 +19,21 @@ class FieldError(ValueError):
 
     def __reduce__(self) -> tuple[type[FieldError], tuple[tuple[str, str], ...]]:
         return FieldError, self.problems  # it crosses process boundaries
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """By name and text, since not every room knows torch: CUDA's own error, Python's, and the CPU allocator's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in told)
+
+
+def was_killed(error: BaseException) -> bool:
+    """Whether a process ended without a word (BrokenProcessPool), as the kernel ends one for want of memory."""
+    return type(error).__name__ == "BrokenProcessPool"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Its kind and message, at most 500 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].rstrip(": ")

@@ -186,6 +186,7 @@ class Measurement:
     pack_size: int
     pack_seconds: float  # wall time of the whole pack's rung: joint, never a trial's own
     tokens: int  # of this trial in this rung, padding not counted; of images their number
+    pack_train_seconds: float | None = None  # of these the training steps alone: no loading, evaluation, checkpoints
     test_rows: str = ""  # file with the losses of the test rows, one by one, relative to the trial's folder
     # Where the study asks about forgetting, in the confirm phase:
     forgetting_loss: float | None = None  # on the text of the source domain, after the rung
@@ -206,6 +207,39 @@ class Cost:
     tokens_per_second: float
     adapter_bytes: int
     device: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an arm will cost alone, foretold before the first trial. Bytes and seconds."""
+
+    cost_key: str
+    trainable_params: int
+    peak_memory_bytes: int
+    step_time_s: float | None  # None where not even a forward pass could be timed
+    fits: bool  # into StudyForecast.memory_limit_bytes
+    probed: bool  # from a few probe steps of its own; else scaled from arms that were
+    note: str = ""  # why it is less than that, where it is
+
+
+@dataclass(frozen=True)
+class StudyForecast:
+    """What a study will cost, foretold before the first trial; never changed by what is measured later."""
+
+    arms: tuple[Forecast, ...]  # one a cost_key
+    memory_limit_bytes: int  # what a trial alone may take, at that time
+    validation_s: float  # evaluating one trial of a pack on all validation rows
+    test_s: float  # and on all test rows
+    packed_s: float | None = None  # training and evaluating all trials in packs
+    alone_s: float | None = None  # the same one by one
+
+    def of(self, cost_key: str) -> Forecast | None:
+        return next((arm for arm in self.arms if arm.cost_key == cost_key), None)
+
+    @property
+    def doubtful(self) -> frozenset[str]:
+        """The cost keys of the arms that are not expected to fit."""
+        return frozenset(arm.cost_key for arm in self.arms if not arm.fits)
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -238,3 +272,7 @@ def prepared_from_json(value: dict[str, Any]) -> Prepared:
 
 def cost_from_json(value: dict[str, Any]) -> Cost:
     return Cost(**{**value, "step_times_s": tuple(value["step_times_s"])})
+
+
+def forecast_from_json(value: dict[str, Any]) -> StudyForecast:
+    return StudyForecast(**{**value, "arms": tuple(Forecast(**arm) for arm in value["arms"])})

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, PRUNED, Cost, Prepared, TrialSpec
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, Cost, Prepared, TrialSpec
 from sweep.study.schema import Study
 from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -20,7 +20,7 @@ COSTS = ("trainable_params", "total_params", "peak_memory_bytes", "step_time_s",
 PARAGRAPH = "\n\n"
 # Without it MLflow's UI opens on its pages for chat traces, which are empty here.
 WORKFLOW = "?workflowType=machine_learning"
-STATUS = {COMPLETE: "FINISHED", PRUNED: "KILLED", DIVERGED: "FAILED", FAILED: "FAILED"}
+STATUS = {COMPLETE: "FINISHED", PRUNED: "KILLED", DIVERGED: "FAILED", INFEASIBLE: "FAILED", FAILED: "FAILED"}
 
 
 def run_name(spec: TrialSpec) -> str:

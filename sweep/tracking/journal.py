@@ -1,7 +1,7 @@
 """The journal on disk: one JSON object a line, appended and synced; the truth about measurements.
 
-A study's journal tells what was prepared, what each arm costs and which arms went to the confirm phase;
-a trial's journal tells its rungs and its end. A torn last line was never acknowledged and is cut off.
+A study's journal tells what was prepared, what each arm was forecast to cost and what it costs, and which arms went to
+the confirm phase; a trial's journal its rungs and its end. A torn last line was never acknowledged and is cut off.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from sweep.study.records import (
     Cost,
     Measurement,
     Prepared,
+    StudyForecast,
     TrialSpec,
     cost_from_json,
+    forecast_from_json,
     measurement_from_json,
     prepared_from_json,
     to_json,
@@ -82,6 +84,7 @@ class StudyRecord:
     started_at: float | None = None
     finished_at: float | None = None
     sessions: tuple[tuple[float, float], ...] = ()  # (start, last event) of each run of the command
+    forecast: StudyForecast | None = None  # from before the first trial
 
 
 def append(path: Path, event: str, **values: Any) -> None:
@@ -145,6 +148,7 @@ def read_trial(folder: Path) -> TrialRecord | None:
 
 def read_study_record(folder: StudyFolder) -> StudyRecord:
     prepared: Prepared | None = None
+    forecast: StudyForecast | None = None
     costs: dict[str, Cost] = {}
     finalists: tuple[tuple[str, float], ...] = ()
     warnings: list[str] = []
@@ -157,6 +161,8 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
             sessions.append((event["time"], event["time"]))
         elif kind == "prepared":
             prepared = prepared_from_json(event["prepared"])
+        elif kind == "forecast":
+            forecast = forecast_from_json(event["forecast"])
         elif kind == "cost":
             cost = cost_from_json(event["cost"])
             costs[cost.cost_key] = cost
@@ -181,6 +187,7 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
         events[0]["time"] if events else None,
         finished_at,
         _with_trials(sessions, told),
+        forecast,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,8 +21,8 @@ from sweep.study.arms import Arm
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.batches import AnyBatch, Batch, collate
 from sweep.training.data import TokenisedData
-from sweep.training.forecast import forward_cost
 from sweep.training.images import ImageSplit
+from sweep.training.memory import forward_cost, free_bytes
 from sweep.training.rung import start_trainee, tell, timed_steps, tokenised
 from sweep.training.tasks import score
 
@@ -31,6 +30,7 @@ FIRST_PACKS = (4, 2, 1)  # the first that fits is what precisions and attentions
 # A CPU is fastest while a pack's activations stay in its cache; a GPU once it is full.
 PACK_SIZES_CPU, PACK_SIZES_CUDA = (1, 2, 4, 8), (4, 8, 16, 32, 64)
 ROUNDS = 2  # over precisions and attentions: what disturbs one for a second must not decide
+DISTURBED = 1.5  # times as long in one round as in another: the machine had something else to do
 NEARLY = 1.03  # of two sizes that differ by less the larger is taken: it saves work between steps
 MEMORY_SHARE = 0.6  # of what is free, for a pack: evaluation, other programs and the allocator need some
 
@@ -160,9 +160,14 @@ def few_tokens(data: TokenisedData, rows: int, tokens: int) -> AnyBatch:
 
 
 def _least_disturbed(tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest of several figures of one pack, or the first of their errors."""
+    """The fastest of several figures of one pack, or the first of their errors. Where they lie far apart the slowest
+    is told too."""
     timed = [figure for figure in tries if "ms_per_trial_step" in figure]
-    return min(timed, key=lambda figure: figure["ms_per_trial_step"]) if timed else tries[0]
+    if not timed:
+        return tries[0]
+    slowest = max(figure["ms_per_trial_step"] for figure in timed)
+    best = min(timed, key=lambda figure: figure["ms_per_trial_step"])
+    return {**best, "slowest_ms": slowest} if slowest > DISTURBED * best["ms_per_trial_step"] else best
 
 
 def _try_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int = 2) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def _try_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int = 
     return {**tried, "failed": failed}
 
 
-def _trials(setup: Setup, arms: Sequence[Arm], size: int) -> list[TrialSpec]:
+def mixed_trials(setup: Setup, arms: Sequence[Arm], size: int) -> list[TrialSpec]:
     """Ranks mixed as the study mixes them; all trials share a seed, and so their rows, as in the search."""
     mixed = [arms[i * len(arms) // size % len(arms)] for i in range(size)]
     return [TrialSpec(-1, arm, 1e-4, setup.split_seed, "calibration", "") for arm in mixed]
@@ -184,7 +189,7 @@ def _trials(setup: Setup, arms: Sequence[Arm], size: int) -> list[TrialSpec]:
 def _time_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int) -> dict[str, Any]:
     """Milliseconds a trial and step."""
     size = choice.pack_size
-    trials = _trials(setup, arms, size)
+    trials = mixed_trials(setup, arms, size)
     trainee = start_trainee(setup, choice, trials, 0)
     try:
         times = timed_steps(setup, choice, trials, trainee, warmup=1, steps=steps)
@@ -196,23 +201,6 @@ def _time_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int) 
         "pack_size": size,
         "ms_per_trial_step": round(1000 * min(times) / size, 2),  # the least disturbed
     }
-
-
-def free_bytes() -> int:
-    """What a pack may take: free memory of the CUDA device, or of the machine within the limit that it is held to."""
-    if torch.cuda.is_available():
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return int(torch.cuda.mem_get_info()[0]) + cached
-    free = (
-        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else 2**33
-    )
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), free)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 def _calibration_key(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> str:

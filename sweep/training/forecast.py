@@ -1,80 +1,154 @@
-"""What an arm will cost, foretold from one forward pass and counted tensors: no step is taken."""
+"""What a study's arms will cost, foretold: counted tensors and a forward pass each, set right by a few probe steps.
+
+Nothing here is what the report calls measured: that comes from probes after the last trial.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from sweep.lora.optim import moment_count
 from sweep.study.arms import Arm
-from sweep.study.records import Prepared, Setup, TrialSpec
+from sweep.study.errors import FieldError, in_one_line, is_out_of_memory, was_killed
+from sweep.study.records import Cost, Forecast, Prepared, Setup, StudyForecast, TrialSpec
 from sweep.training.base import check_arm, frozen_bytes
+from sweep.training.calibration import mixed_trials
+from sweep.training.memory import forward_cost, memory_limit
+from sweep.training.probe import probe
 from sweep.training.quantization import base_bytes
-from sweep.training.rung import Trainee, base_for, pack_batches, start_trainee, tokenised, training_losses
+from sweep.training.rung import base_for, start_trainee, tell, tokenised
+from sweep.training.tasks import evaluation_batches, score
+
+WARMUP_STEPS, PROBE_STEPS = 2, 3  # of a solo probe here; the report's own have more
+PASSES = 3  # forward passes that are timed
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Of one arm alone. Bytes and seconds."""
+class Counted:
+    """Of one arm alone, without a step. Bytes and seconds."""
 
     arm: Arm
     trainable_params: int
     peak_memory_bytes: int
-    step_seconds: float
+    step_time_s: float | None  # None: it could not be tried
+    note: str = ""
 
 
-def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[Forecast]:
-    """A forecast for every arm; arms of one cost_key share a measurement.
+def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> StudyForecast:
+    """A forecast of every cost_key, the memory that a trial alone may take, and the seconds of an evaluation.
+
+    Each arm is counted (see `count_arm`). The smallest arm that adapts the base, the largest, and full fine-tuning are
+    then probed: alone, in a fresh process, a few steps. Probed arms are forecast as that says. The others are scaled:
+    what the probes found beyond the counted memory (workspace, temporaries, what the allocator keeps) and their times
+    over the forward pass's are interpolated by the number of trainable parameters.
+    An arm whose weights, gradients and moments alone exceed the memory is not tried at all, since a system may end the
+    process that asks for too much. Raises FieldError where model or data cannot be read.
+    """
+    limit = memory_limit(base_bytes(base_for(setup, prepared, arms[0]).model))
+    by_key = {arm.cost_key: arm for arm in reversed(arms)}
+    counted = [count_arm(setup, prepared, arm, limit) for arm in reversed(by_key.values())]
+    probes: dict[str, Cost] = {}
+    errors: dict[str, Exception] = {}
+    for found in to_probe([c for c in counted if c.peak_memory_bytes <= limit]):
+        try:
+            probes[found.arm.cost_key] = probe(setup, prepared, found.arm, WARMUP_STEPS, PROBE_STEPS)
+        except FieldError:
+            raise
+        except Exception as error:  # an arm that cannot be probed keeps what was counted
+            errors[found.arm.cost_key] = error
+    validation_s, test_s = evaluation_times(setup, prepared, arms)
+    forecasts = tuple(_forecast_one(c, counted, probes, errors.get(c.arm.cost_key), limit) for c in counted)
+    return StudyForecast(forecasts, limit, validation_s, test_s)
+
+
+def count_arm(setup: Setup, prepared: Prepared, arm: Arm, limit: int) -> Counted:
+    """Memory and time of one arm from its tensors and a forward pass.
 
     Memory: base, trained weights, their gradients and moments (4 bytes each), and what the forward pass keeps for
     the backward pass, counted. Time: the forward pass costs 2·N·tokens, a LoRA step 4·N·tokens (twice as much), and a
     step of full fine-tuning 6·N·tokens (three times as much).
     """
-    by_key: dict[str, Forecast] = {}
-    for arm in arms:
-        if arm.cost_key not in by_key:
-            by_key[arm.cost_key] = _forecast_one(setup, prepared, arm)
-    return [replace(by_key[arm.cost_key], arm=arm) for arm in arms]
-
-
-def _forecast_one(setup: Setup, prepared: Prepared, arm: Arm) -> Forecast:
     base = base_for(setup, prepared, arm)
-    held = base_bytes(base.model)
+    trainable = check_arm(base, arm)
+    weights = base_bytes(base.model) + (0 if arm.is_full else 4 * trainable + frozen_bytes(base, arm))
+    beside = 4 * (1 + moment_count(setup.train.optimizer, setup.train.betas)) * trainable
+    if weights + beside > limit:
+        note = "not tried: its weights, gradients and optimizer state alone exceed the memory"
+        return Counted(arm, trainable, weights + beside, None, note)
     trial = TrialSpec(-1, arm, 0.0, 0, "forecast", "")
-    trainee = start_trainee(setup, prepared, [trial], 0)
     try:
-        seconds, kept = forward_cost(setup, prepared, [trial], trainee)
+        trainee = start_trainee(setup, prepared, [trial], 0)
+        try:
+            seconds, kept = forward_cost(setup, prepared, [trial], trainee, PASSES)
+        finally:
+            trainee.close()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Counted(arm, trainable, weights + beside, None, f"a forward pass ended in {in_one_line(error)}")
+    return Counted(arm, trainable, weights + beside + kept, seconds * (3 if arm.is_full else 2))
+
+
+def to_probe(counted: Iterable[Counted]) -> list[Counted]:
+    """The smallest and the largest arm that adapts the base, and full fine-tuning."""
+    ordered = sorted(counted, key=lambda c: c.trainable_params)
+    adapted = [c for c in ordered if not c.arm.is_full]
+    ends = adapted if len(adapted) < 2 else [adapted[0], adapted[-1]]
+    return ends + [c for c in ordered if c.arm.is_full]
+
+
+def evaluation_times(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> tuple[float, float]:
+    """Seconds of evaluating one trial of a pack on all validation rows and on all test rows: the middle one of the
+    validation's passes is timed, and counts for all."""
+    adapted = [arm for arm in arms if not arm.is_full]
+    trials = mixed_trials(setup, adapted or arms, prepared.pack_size if adapted else 1)
+    data, trainee = tokenised(setup), start_trainee(setup, prepared, trials, 0)
+    try:
+        model, pad_token_id, k = trainee.model, data.pad_token_id, trainee.trials
+        passes = list(evaluation_batches(model, data.validation, setup.task, k, pad_token_id))
+        batch = passes[len(passes) // 2]
+        times = []
+        for _ in range(2):  # the first warms up
+            began = time.perf_counter()
+            tell(trainee, batch, None)
+            with torch.no_grad():
+                score(model, batch, setup.task, k, trainee.plain_head).loss_K.sum().item()
+            times.append(time.perf_counter() - began)
     finally:
         trainee.close()
-    trainable = check_arm(base, arm)
-    weights = held if arm.is_full else held + 4 * trainable + frozen_bytes(base, arm)
-    beside = 4 * (1 + moment_count(setup.train.optimizer, setup.train.betas)) * trainable
-    return Forecast(arm, trainable, weights + beside + kept, seconds * (3 if arm.is_full else 2))
+    a_token = times[-1] / batch.tokens  # of all trials of the pack
+    return a_token * float(data.validation.lengths.sum()), a_token * float(data.test.lengths.sum())
 
 
-def forward_cost(setup: Setup, prepared: Prepared, trials: list[TrialSpec], trainee: Trainee) -> tuple[float, int]:
-    """Seconds of a forward pass of the pack, and the bytes that it keeps for the backward pass."""
-    parameters = {p.untyped_storage().data_ptr() for p in trainee.model.parameters()}
-    kept: dict[int, int] = {}
+def _forecast_one(
+    counted: Counted, others: Sequence[Counted], probes: Mapping[str, Cost], error: Exception | None, limit: int
+) -> Forecast:
+    key, peak, seconds, note = counted.arm.cost_key, counted.peak_memory_bytes, counted.step_time_s, counted.note
+    cost, short = probes.get(key), False
+    if cost is not None:
+        peak, seconds = cost.peak_memory_bytes, cost.step_time_s
+    elif error is not None:
+        short = is_out_of_memory(error) or was_killed(error)
+        why = ", perhaps for want of memory" if was_killed(error) else ""
+        note = f"its probe ended in {in_one_line(error)}{why}"
+    elif seconds is not None and not counted.arm.is_full:
+        ends = [(c, probes[c.arm.cost_key]) for c in others if c.arm.cost_key in probes and not c.arm.is_full]
+        beyond = [(c.trainable_params, cost.peak_memory_bytes - c.peak_memory_bytes) for c, cost in ends]
+        slower = [(c.trainable_params, cost.step_time_s / c.step_time_s) for c, cost in ends if c.step_time_s]
+        peak += round(_between(counted.trainable_params, beyond, 0.0))
+        seconds *= _between(counted.trainable_params, slower, 1.0)
+    fits = peak <= limit and not short and seconds is not None
+    return Forecast(key, counted.trainable_params, peak, seconds, fits, cost is not None, note)
 
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    seconds, largest = 0.0, 0
-    for step, (batch, _) in enumerate(pack_batches(tokenised(setup), setup, trials, 0, 2)):  # the first warms up
-        began = time.perf_counter()
-        largest = 0
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            for loss_K in training_losses(trainee, batch, setup, prepared, step):  # one at a time, as they train
-                loss_K.sum().item()
-                largest = max(largest, sum(kept.values()))
-                kept.clear()
-        seconds = time.perf_counter() - began
-    return seconds, largest
+def _between(x: float, points: Sequence[tuple[float, float]], otherwise: float) -> float:
+    """The value at x on the line between the points; that of the nearer end outside."""
+    if not points:
+        return otherwise
+    at, values = zip(*sorted(points), strict=True)
+    return float(np.interp(x, at, values))

@@ -19,6 +19,7 @@ from sweep.lora.optim import moment_count
 from sweep.study.arms import Arm
 from sweep.study.records import Cost, Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device, frozen_bytes
+from sweep.training.memory import status_bytes
 from sweep.training.prepare import device_name
 from sweep.training.quantization import base_bytes
 from sweep.training.rung import base_for, pack_batches, start_trainee, timed_steps, tokenised
@@ -26,7 +27,7 @@ from sweep.training.rung import base_for, pack_batches, start_trainee, timed_ste
 WARMUP_STEPS, MEASURED_STEPS = 3, 7
 
 
-def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
+def probe(setup: Setup, prepared: Prepared, arm: Arm, warmup: int = WARMUP_STEPS, steps: int = MEASURED_STEPS) -> Cost:
     """Measure the arm in a process of its own, forked from one that has imported the libraries and done nothing else.
 
     Raises what the measurement raises, and BrokenProcessPool where its process is killed (out of memory).
@@ -34,10 +35,10 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload([__name__, "transformers.modeling_utils"])
     with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as one:
-        return one.submit(measure, setup, prepared, arm).result()
+        return one.submit(measure, setup, prepared, arm, warmup, steps).result()
 
 
-def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
+def measure(setup: Setup, prepared: Prepared, arm: Arm, warmup: int, steps: int) -> Cost:
     """The same in this process, which must be a fresh one: the high-water mark is the process's.
 
     Weights, gradients (4 bytes a trainable parameter) and optimizer state (AdamW: 8) are computed from the
@@ -59,16 +60,16 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
         before = 0
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
     trainee = start_trainee(setup, prepared, [trial], 0)
-    times = timed_steps(setup, prepared, [trial], trainee, WARMUP_STEPS, MEASURED_STEPS)
-    rise = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM") - before
+    times = timed_steps(setup, prepared, [trial], trainee, warmup, steps)
+    rise = torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM") - before
     peak = rise if device.type == "cuda" else held + rise
     if arm.is_full:  # the copy that trains is the model; the untouched base beside it is only our spare
         peak -= held
     weights = held + (0 if arm.is_full else trainable_bytes + carried_bytes)
     moments = moment_count(setup.train.optimizer, setup.train.betas) * trainable_bytes
-    tokens = [batch.tokens for batch, _ in pack_batches(data, setup, [trial], 0, WARMUP_STEPS + MEASURED_STEPS)]
+    tokens = [batch.tokens for batch, _ in pack_batches(data, setup, [trial], 0, warmup + steps)]
     return Cost(
         cost_key=arm.cost_key,
         trainable_params=trainable_bytes // 4,
@@ -82,7 +83,7 @@ def measure(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
         },
         step_time_s=statistics.median(times),
         step_times_s=tuple(times),
-        tokens_per_second=sum(tokens[WARMUP_STEPS:]) / sum(times),
+        tokens_per_second=sum(tokens[warmup:]) / sum(times),
         adapter_bytes=_saved_bytes(trainee.states(0)[0]),
         device=device_name(device),
     )
@@ -97,10 +98,3 @@ def _touch(model: nn.Module) -> None:
 
 def _saved_bytes(state: dict[str, torch.Tensor]) -> int:
     return len(save(state, metadata={"format": "pt"}))
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory cannot be measured here")

@@ -115,11 +115,13 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
         losses: list[Tensor] = []
         alive: list[Tensor] = []
         tokens = np.zeros(len(trials), dtype=np.int64)
+        first_step = time.perf_counter()
         for step, (batch, tokens_K) in enumerate(pack_batches(data, setup, trials, unit.start, unit.stop), unit.start):
             losses.append(train_step(trainee, batch, setup, unit.prepared, step))
             alive.append(trainee.alive_K.clone())
             tokens += tokens_K
         losses_KS, alive_KS = torch.stack(losses, 1).cpu().tolist(), torch.stack(alive, 1).cpu()
+        train_seconds = time.perf_counter() - first_step  # the device is done: the losses are here
         scores = held_out_scores(trainee, data.validation, setup, unit.prepared)
         passes = held_out_passes(trainee, data.test, setup, unit.prepared) if unit.test else None
         tests = summarise(passes, setup.task) if passes else None
@@ -141,6 +143,7 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
                 pack_size=len(trials),
                 pack_seconds=0.0,
                 tokens=int(tokens[k]),
+                pack_train_seconds=train_seconds,
             )
             held_out = [scores[k]["loss"], *(tests[k].values() if tests else ()), *([source[k]] if source else ())]
             if alive_KS[k].all() and np.isfinite(held_out).all():
