@@ -7,16 +7,18 @@ and its own full fine-tuning, and only these differences, verdicts and shares of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 from sweep.report.compare_figures import cost_by_rank, to_reference_by_rank
 from sweep.report.compare_numbers import Compared, Contrast, compare, contrasts, matched
-from sweep.report.compare_rules import Comparable, Difference, differences, same_sections, what_may_be_compared
-from sweep.report.compare_sentences import CHANCE, lead_sentences, margins, shown_to_differ
+from sweep.report.compare_rules import Comparable, Difference, differences, may_be_compared, same_sections
+from sweep.report.compare_sentences import decimals_of, lead_sentences, margins, shown_to_differ
 from sweep.report.compare_tables import (
     confirmed_table,
     contrasts_table,
     differences_table,
+    pairs_table,
     recommended_table,
     reference_table,
     write_rows,
@@ -24,7 +26,7 @@ from sweep.report.compare_tables import (
 from sweep.report.figures import draw
 from sweep.report.report import render, shown_file
 from sweep.report.sections import Section
-from sweep.report.words import join
+from sweep.report.words import join, plural
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 
@@ -40,15 +42,14 @@ def write_comparison(studies: Sequence[tuple[Study, StudyRecord]], to: Path) -> 
     for old in folder.glob("*.png"):
         old.unlink()
     compared = compare(studies)
-    ran = [(c.study, c.record.prepared) for c in compared]
-    found = differences(ran)
-    rules = what_may_be_compared(ran, found)
+    found = differences([c.ran for c in compared])
+    rules = may_be_compared([c.ran for c in compared])
     contrasted, left_out = contrasts(compared)
     sections = [
         _recommendations(compared),
-        _differences(compared, found, same_sections(ran)),
+        _differences(compared, found, rules),
         _ranks(compared, rules, folder),
-        _contrasts(contrasted, left_out),
+        _contrasts(contrasted, left_out, decimals_of(compared)),
         _costs(compared, rules, folder),
     ]
     lead = lead_sentences(compared, rules, contrasted)
@@ -70,7 +71,7 @@ def write_comparison(studies: Sequence[tuple[Study, StudyRecord]], to: Path) -> 
 def _recommendations(compared: Sequence[Compared]) -> Section:
     return Section(
         "What each study recommends",
-        (f"{margins(compared)} {CHANCE}",),
+        (margins(compared),),
         (
             (
                 "Each study's own recommendation, from its confirm trials: means with 95 % intervals",
@@ -80,14 +81,23 @@ def _recommendations(compared: Sequence[Compared]) -> Section:
     )
 
 
-def _differences(compared: Sequence[Compared], found: Sequence[Difference], same: Sequence[str]) -> Section:
-    alike = f"The same in all of them: {join(list(same))}." if same else "No section of their study files is the same."
+def _differences(compared: Sequence[Compared], found: Sequence[Difference], rules: Comparable) -> Section:
+    title, names = "What differs between them", [c.name for c in compared]
+    same = same_sections([c.ran for c in compared])
+    alike = f"The same in all of them: {join(same)}." if same else "No section of their study files is the same."
     if not found:
-        return Section("What differs between them", (f"{alike} Nothing that was recorded differs but their names.",))
-    names = [c.name for c in compared]
-    return Section(
-        "What differs between them", (alike,), (("What is not the same in all", differences_table(names, found)),)
+        return Section(title, (f"{alike} Nothing that was recorded differs but their names.",))
+    causes = (
+        f"What may change an arm's result or cost comes first and counts as {plural(len(rules.causes), 'difference')}: "
+        f"{join(list(rules.causes))}."
+        if rules.causes
+        else "Nothing of it may change an arm's result or cost."
     )
+    tables = [("What is not the same in all", differences_table(names, found))]
+    if len(compared) > 2:
+        pairs = [(a.name, b.name, may_be_compared([a.ran, b.ran])) for a, b in combinations(compared, 2)]
+        tables.append(("What may be compared, two by two", pairs_table(pairs)))
+    return Section(title, (f"{alike} {causes}",), tuple(tables))
 
 
 def _ranks(compared: Sequence[Compared], rules: Comparable, folder: Path) -> Section:
@@ -106,7 +116,10 @@ def _ranks(compared: Sequence[Compared], rules: Comparable, folder: Path) -> Sec
     drawn = draw(to_reference_by_rank, folder, compared, not rules.losses)
     return Section(
         "Ranks against each study's reference",
-        (losses,),
+        (
+            f"{losses} Verdicts are each study's own: non-inferior where the difference is shown to lie below its ε, "
+            "inferior where it is shown to lie above.",
+        ),
         (
             (
                 "Test loss of an arm less that of the reference, paired by seed: means with 95 % intervals",
@@ -117,21 +130,20 @@ def _ranks(compared: Sequence[Compared], rules: Comparable, folder: Path) -> Sec
     )
 
 
-def _contrasts(found: Sequence[Contrast], left_out: Sequence[str]) -> Section:
+def _contrasts(found: Sequence[Contrast], left_out: Sequence[str], decimals: int) -> Section:
     title = "Do these differences differ between the studies?"
     reasons = (f"Left out: {' '.join(left_out)}",) if left_out else ()
     if not found:
         return Section(title, ("No two of them can be held against one another.", *reasons))
     how = (
-        f"{shown_to_differ(found)} Differences are paired by seed within a study and independent across studies "
-        "(Welch's t). The intervals are two-sided at 95 %, each for itself; p is corrected over all rows by Holm."
+        f"{shown_to_differ(found, decimals)} Differences are paired by seed within a study and independent across "
+        "studies (Welch's t). Intervals are two-sided at 95 %, each for itself; p is corrected over all rows by Holm."
     )
     caption = "Difference to the reference in two studies, and the second less the first"
-    return Section(title, (how, *reasons), ((caption, contrasts_table(found)),))
+    return Section(title, (how, *reasons), ((caption, contrasts_table(found, decimals)),))
 
 
 def _costs(compared: Sequence[Compared], rules: Comparable, folder: Path) -> Section:
-    rows = matched(compared)
     say = (
         f"Memory and time in figures of their own (small, below the shares) are not compared across the studies: "
         f"{rules.costs}. Shares of full fine-tuning's cost in the same study are."
@@ -142,9 +154,17 @@ def _costs(compared: Sequence[Compared], rules: Comparable, folder: Path) -> Sec
     kinds = {c.record.prepared.device.split(" ")[0] == "cpu" for c in compared if c.record.prepared}
     if len(kinds) > 1:
         say += " On a CPU the peak is the process's resident memory, on a GPU what was allocated there."
+    without = [c.name for c in compared if c.full_cost is None]
+    if without:
+        say += f" There is no probe of full fine-tuning in {join(without)}, and so no share."
     drawn = draw(cost_by_rank, folder, compared)
-    tables = (("Finalists on fresh seeds, and their costs from solo probes", confirmed_table(compared, rows)),)
-    return Section("What was confirmed, and what it costs", (say,), tables if rows else (), (drawn,) if drawn else ())
+    tables = (("Finalists on fresh seeds, and their costs from solo probes", confirmed_table(compared)),)
+    return Section(
+        "What was confirmed, and what it costs",
+        (say,),
+        tables if any(c.findings.arms for c in compared) else (),
+        (drawn,) if drawn else (),
+    )
 
 
 def _limits(compared: Sequence[Compared]) -> list[str]:

@@ -14,6 +14,7 @@ from sweep.report.results import ArmResult
 from sweep.report.style import FAINT, INK, SERIES, SOFT, grid_of, hide_empty, new_figure, rank_axis
 
 MARKERS = "osD^vPX"  # told apart without colour
+ASIDE = 1.09  # from one study's marks to the next's, on the axis of ranks
 
 
 def to_reference_by_rank(compared: Sequence[Compared], one_scale: bool) -> tuple[Figure, Drawn] | None:
@@ -87,17 +88,19 @@ def cost_by_rank(compared: Sequence[Compared]) -> tuple[Figure, Drawn] | None:
         axes.axhline(100, color=SOFT, lw=1.2, ls=(0, (1, 2)))
         named: list[tuple[float, str, str]] = [(100, "full fine-tuning", SOFT)]
         highest = 100.0
-        for c in shown:
+        for i, c in enumerate(shown):
             colour, marker = _style(compared, c)
             of_full = [(r.arm.r, getattr(shares(r, c.full_cost), kind)) for r in _of_ranks(c)]
             points = [(rank, 100 * value) for rank, value in of_full if value is not None]
             if not points:
                 continue
+            told.append(f"{c.name}, {title}: " + ", ".join(f"rank {rank} {value:.0f} %" for rank, value in points))
+            aside = ASIDE ** (i - (len(shown) - 1) / 2)  # equal shares would hide one another
+            points = [(rank * aside, value) for rank, value in points]
             axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, ms=6.5, mec="white", mew=0.8, lw=1.6)
             _lead_to_margin(axes, points[-1], colour)
             named.append((points[-1][1], c.name, colour))
             highest = max(highest, *(value for _, value in points))
-            told.append(f"{c.name}, {title}: " + ", ".join(f"rank {rank} {value:.0f} %" for rank, value in points))
         axes.set_ylim(0, 1.12 * highest)
         axes.set_ylabel("% of full fine-tuning")
         label_lines(axes, named)

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from sweep.report.compare_rules import loss_reason
+from sweep.report.compare_rules import Ran, loss_reason
 from sweep.report.intervals import Interval, holm, t_interval
 from sweep.report.results import ArmResult, Findings
 from sweep.report.statistics import confirmed_of_ranks, find
@@ -33,6 +33,10 @@ class Compared:
     @property
     def name(self) -> str:
         return self.study.name
+
+    @property
+    def ran(self) -> Ran:
+        return self.study, self.record.prepared
 
     @property
     def pick(self) -> ArmResult | None:
@@ -100,10 +104,9 @@ def matched(compared: Sequence[Compared]) -> tuple[Matched, ...]:
 
 
 def shares(result: ArmResult, full: Cost | None) -> Shares:
-    cost = result.cost
-    if full is None or result.arm.is_full:
+    cost, parameters = result.cost, result.trainable_params
+    if full is None:
         return Shares(None, None, None)
-    parameters = result.trainable_params
     return Shares(
         parameters / full.trainable_params if parameters and full.trainable_params else None,
         cost.peak_memory_bytes / full.peak_memory_bytes if cost and full.peak_memory_bytes else None,
@@ -174,9 +177,11 @@ def _why_not(one: Compared, other: Compared) -> str:
     for c in (one, other):
         if c.findings.reference is None:
             return f"{c.name} has no confirmed loss of its reference, rank {c.study.confirm.reference}"
+        if c.findings.unlearned == c.findings.reference:
+            return f"the reference of {c.name} is not shown to have learned anything"
     if one.findings.reference != other.findings.reference:
         return f"their references are different arms, {one.findings.reference} and {other.findings.reference}"
-    return loss_reason((one.study, one.record.prepared), (other.study, other.record.prepared))
+    return loss_reason(one.ran, other.ran)
 
 
 def _why_not_arm(one: Compared, other: Compared, a: ArmResult | None, b: ArmResult | None) -> str:

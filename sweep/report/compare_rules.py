@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from sweep.report.words import NOTHING, join, without_paths
@@ -16,7 +17,7 @@ Ran = tuple[Study, Prepared | None]  # what was asked, and what was found out ab
 
 MODEL, DATA, SEARCH, CALIBRATED = "the model", "the data", "the search", "the precision or the attention"
 MACHINE, LIBRARIES = "the machine", "the libraries"
-JUDGING, SEEDS, BESIDE = "which arms there are, and how they are judged", "the seeds", "no result of an arm"
+JUDGING, SEEDS, BESIDE = "which arms are judged, and how", "the seeds", "no result of an arm"
 NO_CAUSE = (JUDGING, SEEDS, BESIDE)  # change no loss but by chance
 CAUSES_OF_COST = (MACHINE, LIBRARIES)
 _PLACES = {  # by key, or by what stands before its first dot; a key that is not here is a place of its own
@@ -30,7 +31,6 @@ _PLACES = {  # by key, or by what stands before its first dot; a key that is not
     "tune": SEARCH,
     "search": SEARCH,
     "train.precision": CALIBRATED,
-    "train.micro_batch_size": BESIDE,
     "arms.rank": JUDGING,
     "arms.alpha_ratio": JUDGING,
     "arms.full_finetuning": JUDGING,
@@ -68,12 +68,17 @@ class Comparable:
 
 
 def differences(ran: Sequence[Ran]) -> tuple[Difference, ...]:
-    """Keys of the study files and facts of what was prepared in which not all studies have the same value."""
+    """Keys of the study files and facts of what was prepared in which not all studies have the same value.
+
+    The facts of a study that has prepared nothing yet are unknown, and so no difference.
+    """
     told = [{**_asked(study), **_facts(prepared)} for study, prepared in ran]
+    asked = {key for study, _ in ran for key in _asked(study)}
     found = {}
     for key in dict.fromkeys(key for one in told for key in one):
         values = [one.get(key) for one in told]
-        if any(value != values[0] for value in values[1:]):
+        known = [v for v, (_, prepared) in zip(values, ran, strict=True) if key in asked or prepared is not None]
+        if any(value != known[0] for value in known[1:]):
             found[key] = values
     return tuple(Difference(key, tuple(map(_shown, values)), _place(key, found, told)) for key, values in found.items())
 
@@ -85,8 +90,8 @@ def same_sections(ran: Sequence[Ran]) -> list[str]:
     return [head for head in dict.fromkeys(key.split(".")[0] for key in asked[0]) if head not in differ]
 
 
-def what_may_be_compared(ran: Sequence[Ran], found: Sequence[Difference]) -> Comparable:
-    """The rules. found: the `differences` of the same studies.
+def may_be_compared(ran: Sequence[Ran]) -> Comparable:
+    """The rules.
 
     - Of places that may change an arm's losses or costs: where one differs, what differs in the results may be put
       down to it; where several do, to none of them alone; where none does, it is chance.
@@ -94,8 +99,9 @@ def what_may_be_compared(ran: Sequence[Ran], found: Sequence[Difference]) -> Com
     - Memory and time themselves may be compared on one machine with one set of libraries; or across machines where
       nothing else differs. Elsewhere only shares of full fine-tuning's cost within each study may.
     """
-    causes = tuple(dict.fromkeys(d.place for d in found if d.place not in NO_CAUSE))
-    losses = next((why for i, a in enumerate(ran) for b in ran[i + 1 :] if (why := loss_reason(a, b))), "")
+    places = tuple(dict.fromkeys(d.place for d in differences(ran)))
+    causes = tuple(place for place in places if place not in NO_CAUSE)
+    losses = next((why for a, b in combinations(ran, 2) if (why := loss_reason(a, b))), "")
     unknown = [study.name for study, prepared in ran if prepared is None]
     moved = [place for place in causes if place in CAUSES_OF_COST]
     costs = ""
@@ -103,7 +109,7 @@ def what_may_be_compared(ran: Sequence[Ran], found: Sequence[Difference]) -> Com
         costs = f"the machine of {join(unknown)} is not known yet"
     elif moved and len(causes) > 1:
         costs = f"{join(moved)} and more than that differ"
-    return Comparable(causes, _cause(causes, {d.place for d in found}), losses, costs)
+    return Comparable(causes, _cause(causes, places), losses, costs)
 
 
 def loss_reason(a: Ran, b: Ran) -> str:
@@ -127,17 +133,17 @@ def loss_reason(a: Ran, b: Ran) -> str:
     return ""
 
 
-def _cause(causes: Sequence[str], places: set[str]) -> str:
+def _cause(causes: Sequence[str], places: Sequence[str]) -> str:
     if len(causes) > 1:
         return f"They differ in {join(list(causes))}: what differs in their results cannot be put down to one of these."
     if causes:
         return (
-            f"Of what may change an arm's result they differ in {causes[0]} alone, as far as it is recorded: what is "
-            "shown to differ in their results may be put down to it."
+            f"Of what may change an arm's result or cost they differ in {causes[0]} alone, as far as it is recorded: "
+            "what is shown to differ in their results may be put down to it."
         )
     if SEEDS in places:
         return "They ask the same of the same on other seeds: what differs in an arm's results is chance."
-    return "Nothing that may change an arm's result differs, as far as it is recorded: what differs in it is chance."
+    return "Nothing that may change an arm's result or cost is known to differ: what differs in it is chance."
 
 
 def _asked(study: Study) -> dict[str, Any]:

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from sweep.report.compare_numbers import Compared, Contrast
 from sweep.report.compare_rules import Comparable
 from sweep.report.intervals import LEVEL, REFERENCE
-from sweep.report.words import arm_title, join, number, plural, span
-
-CHANCE = "Where they do not agree, that alone shows no difference: a study with wider intervals shows less."
+from sweep.report.words import arm_title, join, loss_decimals, number, plural, span
 
 
 def lead_sentences(compared: Sequence[Compared], rules: Comparable, found: Sequence[Contrast]) -> tuple[str, str]:
     """Whether the studies recommend the same; then what differs between them, and what is shown to."""
     second = rules.cause
     if found:
-        second += f" {shown_to_differ(found)}"
+        second += f" {shown_to_differ(found, decimals_of(compared))}"
     return agreement(compared), second
 
 
 def agreement(compared: Sequence[Compared]) -> str:
-    """Which rank each study recommends. Made of the studies' own recommendations: nothing is pooled."""
+    """Which rank each study recommends. Made of the studies' own recommendations: nothing is pooled.
+
+    That one study shows what another does not show is no difference that was shown (Gelman & Stern, The American
+    Statistician 60, 2006): it is said so, and `contrasts` tests the differences themselves.
+    """
     picks = [(c, c.pick) for c in compared]
     ranks: dict[str, list[Compared]] = {}
     for c, pick in picks:
@@ -39,11 +41,14 @@ def agreement(compared: Sequence[Compared]) -> str:
         ((rank, agreed),) = ranks.items()
         everywhere = "both studies" if len(compared) == 2 else f"all {len(compared)} studies"
         where = everywhere if not none else join([c.name for c in agreed])
-        text = f"{rank.capitalize()} is recommended in {where}{_settings(agreed)}"
+        text = f"{rank[0].upper()}{rank[1:]} is recommended in {where}{_settings(agreed)}"
         text += f"; {join([_no_pick(c) for c in none])}." if none else "."
     else:
         parts = [f"{join([_name_and_why(c) for c in cs])} {_recommend(cs)} {rank}" for rank, cs in ranks.items()]
-        text = f"The studies disagree: {join([*parts, *map(_no_pick, none)])}."
+        text = (
+            f"The studies disagree: {join([*parts, *map(_no_pick, none)])}. That alone shows no difference between "
+            "them: a study with wider intervals shows less."
+        )
     return text + so_far
 
 
@@ -58,18 +63,23 @@ def margins(compared: Sequence[Compared]) -> str:
     return f"Each has a reference and a margin of its own, which stood in the file before the run: {told}."
 
 
-def shown_to_differ(found: Sequence[Contrast]) -> str:
+def decimals_of(compared: Sequence[Compared]) -> int:
+    """Of differences between studies: enough for the smallest of their margins."""
+    return max(loss_decimals(c.study.confirm.epsilon) for c in compared)
+
+
+def shown_to_differ(found: Sequence[Contrast], decimals: int) -> str:
     """The contrasts that stay below 5 % with Holm's correction."""
     shown = [c for c in found if c.p < LEVEL]
     if not shown:
-        n = len(found)
+        n, corrected = len(found), ", with Holm's correction" if len(found) > 1 else ""
         return (
             "No arm's difference to the reference is shown to differ between the studies "
-            f"({plural(n, 'Welch t test')}{', with Holm’s correction' if n > 1 else ''}, 5 %)."
+            f"({plural(n, 'Welch t test')} at 5 %{corrected})."
         )
     parts = [
-        f"that of {c.title} is {number(abs(c.mean), 3)} {'larger' if c.mean > 0 else 'smaller'} in {c.other} than in "
-        f"{c.one} (95 % interval {span(c.low, c.high, 3, plus=True)})"
+        f"that of {c.title} is {number(abs(c.mean), decimals)} {'higher' if c.mean > 0 else 'lower'} in {c.other} "
+        f"than in {c.one} (95 % interval {span(c.low, c.high, decimals, plus=True)})"
         for c in shown
     ]
     return f"Of the differences to the reference, these are shown to differ between the studies: {'; '.join(parts)}."
@@ -86,16 +96,19 @@ def _name_and_why(c: Compared) -> str:
 
 
 def _settings(agreed: Sequence[Compared]) -> str:
-    """The arms behind one rank, and that of all it is the reference, which needs no showing."""
-    # What the arm's title says beside its rank.
+    """The arms behind one rank, and whose reference it is, which needs no showing."""
+    # Titles without the rank, which is the same:
     apart = {c.name: arm_title(c.pick.arm, c.study.list_arms()).partition(", ")[2] for c in agreed if c.pick}
     told = set(apart.values())
     if len(told) == 1:
         text = f", with {told.pop()}" if any(told) else ""
     else:
         text = f" ({'; '.join(f'{name}: {words}' for name, words in apart.items())})"
-    if all(c.pick is not None and c.pick.verdict == REFERENCE for c in agreed):
+    stays = [c.name for c in agreed if c.pick is not None and c.pick.verdict == REFERENCE]
+    if len(stays) == len(agreed):
         text += ": it is the reference, and no smaller rank was shown non-inferior to it"
+    elif stays:
+        text += f"; in {join(stays)} it is the reference, and no smaller rank was shown non-inferior to it"
     return text
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sweep.report.compare_numbers import Compared, Contrast, Matched, shares
-from sweep.report.compare_rules import NO_CAUSE, Difference
+from sweep.report.compare_rules import NO_CAUSE, Comparable, Difference
 from sweep.report.intervals import LEVEL, REFERENCE, Interval
 from sweep.report.results import ArmResult
 from sweep.report.tables import Cell, Row, Table, change
@@ -28,8 +28,7 @@ from sweep.report.words import (
     span,
 )
 
-CONTRAST_DECIMALS = 4
-WIDEST = 34  # characters of a value in a line
+WIDEST = 30  # characters of a value in a line
 INTERVALS = ("test_loss", "to_reference", "to_full")
 COLUMNS = (
     *("study", "finished", "ended", "planned", "task", "reference", "epsilon", "recommended"),
@@ -68,11 +67,12 @@ def reference_table(compared: Sequence[Compared], rows: Sequence[Matched]) -> Ta
     )
 
 
-def confirmed_table(compared: Sequence[Compared], rows: Sequence[Matched]) -> Table:
-    """Rank × study: what was confirmed and what it costs, in shares of full fine-tuning and as it is."""
-    names = {r.metric_name for row in rows for r in row.results if r is not None}
+def confirmed_table(compared: Sequence[Compared]) -> Table:
+    """Study × arm: what was confirmed and what it costs, in shares of full fine-tuning and as it is."""
+    results = [(c, r) for c in compared for r in c.findings.arms]
+    names = {r.metric_name for _, r in results}
     heads = (
-        "Rank and study",
+        "Arm and study",
         "Test loss",
         names.pop().capitalize() if len(names) == 1 else "Accuracy or perplexity",
         "Difference to full fine-tuning",
@@ -81,25 +81,18 @@ def confirmed_table(compared: Sequence[Compared], rows: Sequence[Matched]) -> Ta
         "Peak memory, of full fine-tuning",
         "Step time, of full fine-tuning",
     )
-    return Table(
-        heads,
-        tuple(
-            Row(_confirmed(c, row.title, r), r is not None and r.arm.name == c.findings.recommended)
-            for row in rows
-            for c, r in zip(compared, row.results, strict=True)
-        ),
-    )
+    return Table(heads, tuple(Row(_confirmed(c, r), r.arm.name == c.findings.recommended) for c, r in results))
 
 
-def contrasts_table(found: Sequence[Contrast]) -> Table:
+def contrasts_table(found: Sequence[Contrast], decimals: int) -> Table:
     heads = ("Arm", "Studies", "In the first", "In the second", "Second − first", "p, corrected", "Shown to differ")
     rows = [
         Row(
             (
                 Cell(c.title),
                 Cell(c.one, c.other),
-                *(change(i, CONTRAST_DECIMALS) for i in (c.first, c.second)),
-                Cell(signed(c.mean, CONTRAST_DECIMALS), span(c.low, c.high, CONTRAST_DECIMALS, plus=True)),
+                *(change(i, decimals) for i in (c.first, c.second)),
+                Cell(signed(c.mean, decimals), span(c.low, c.high, decimals, plus=True)),
                 Cell(f"{c.p:.2g}" if c.p >= 0.001 else "< 0.001"),
                 Cell("yes" if c.p < LEVEL else "no"),
             )
@@ -110,10 +103,19 @@ def contrasts_table(found: Sequence[Contrast]) -> Table:
 
 
 def differences_table(names: Sequence[str], found: Sequence[Difference]) -> Table:
-    """Key × study, with what the key is a part of; those that may change a result first."""
+    """Key × study, with what the key counts as; those that may change a result first."""
     ordered = sorted(found, key=lambda d: d.place in NO_CAUSE)
-    rows = [Row((Cell(d.key), Cell(d.place), *(_value(value) for value in d.values))) for d in ordered]
-    return Table(("Key or fact", "Bears on", *names), tuple(rows))
+    rows = [Row((Cell(d.key), _value(d.place), *(_value(value) for value in d.values))) for d in ordered]
+    return Table(("Key or fact", "Counts as", *names), tuple(rows))
+
+
+def pairs_table(pairs: Sequence[tuple[str, str, Comparable]]) -> Table:
+    """What may be compared between two and two of the studies."""
+    rows = []
+    for one, other, rules in pairs:
+        may = [Cell("no" if why else "yes", *_lines(why)) for why in (rules.losses, rules.costs)]
+        rows.append(Row((Cell(f"{one} and {other}"), _value(", ".join(rules.causes) or "nothing"), *may)))
+    return Table(("Studies", "Differ in", "Losses are of one kind", "Memory and time themselves"), tuple(rows))
 
 
 def write_rows(compared: Sequence[Compared], to: Path) -> None:
@@ -130,11 +132,12 @@ def _recommended(c: Compared) -> tuple[Cell, ...]:
     ended = Cell(f"{c.findings.ended} of {c.findings.planned}", "" if c.findings.finished else "unfinished")
     if pick is None:
         return Cell(c.name), *(Cell(NOTHING) for _ in range(4)), reference, ended
+    against = _against(c, pick)
     return (
         Cell(c.name),
         Cell(arm_title(pick.arm, c.study.list_arms()), f"lora_alpha {pick.arm.lora_alpha:g}"),
         _rate(c, pick),
-        _against(c, pick),
+        Cell(against.text, against.below, "" if pick.verdict == REFERENCE else pick.verdict or ""),
         change(pick.to_full, decimals),
         reference,
         ended,
@@ -146,19 +149,18 @@ def _against(c: Compared, result: ArmResult | None) -> Cell:
         return Cell(NOTHING)
     decimals = loss_decimals(c.study.confirm.epsilon)
     note = "recommended: " if result.arm.name == c.findings.recommended else ""
-    note += result.arm.name if result.verdict in (None, REFERENCE) else f"{result.arm.name}, {result.verdict}"
+    note += "" if result.arm.is_full else result.arm.name
     if result.verdict == REFERENCE:
         return Cell("the reference", "", note)
+    note += f", {result.verdict}" if result.verdict else ""
     found = change(result.to_reference, decimals)
     return Cell(found.text, found.below, note)
 
 
-def _confirmed(c: Compared, title: str, result: ArmResult | None) -> tuple[Cell, ...]:
-    if result is None:
-        return Cell(title, c.name), *(Cell(NOTHING) for _ in range(7))
+def _confirmed(c: Compared, result: ArmResult) -> tuple[Cell, ...]:
     decimals, part, cost = loss_decimals(c.study.confirm.epsilon), shares(result, c.full_cost), result.cost
     return (
-        Cell(title, f"{c.name}, {plural(len(result.seeds), 'seed')}"),
+        Cell(arm_title(result.arm, c.study.list_arms()), f"{c.name}, {plural(len(result.seeds), 'seed')}"),
         Cell(number(result.loss_mean, decimals), span(result.loss_low, result.loss_high, decimals)),
         Cell(
             metric(result.metric_name, result.metric_mean),
@@ -183,8 +185,14 @@ def _part(value: float | None) -> str:
 
 def _value(text: str) -> Cell:
     """A long value in lines, so that the columns beside it stay in sight."""
-    lines = textwrap.wrap(text, WIDEST) or [""]
-    return Cell(lines[0], *("" if len(lines) < 2 else lines[1], " ".join(lines[2:])))
+    first, *more = textwrap.wrap(text.replace("/", "/ "), WIDEST) or [""]  # a path may break behind a slash
+    return Cell(first.replace("/ ", "/"), *_lines(" ".join(more)))
+
+
+def _lines(text: str) -> tuple[str, str]:
+    """The text in the two small lines of a cell."""
+    first, *more = textwrap.wrap(text, WIDEST + 6) or [""]
+    return first.replace("/ ", "/"), " ".join(more).replace("/ ", "/")
 
 
 def _row(c: Compared, result: ArmResult) -> dict[str, object]:
