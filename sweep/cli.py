@@ -19,6 +19,7 @@ import typer
 from sweep import __version__
 from sweep.adapter_commands import commands as adapter_commands
 from sweep.arguments import HomeOption, StudyName, asked_as, is_file_name, list_studies, name_of, ran
+from sweep.comparing import commands as comparing_commands
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
 from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapter_commands)
+app.add_typer(comparing_commands)
 
 
 class ExecutorName(StrEnum):

@@ -57,7 +57,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
 def test_help_names_every_command(tmp_path: Path) -> None:
     done = sweep("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("run", "status", "report", "dashboard", "export", "doctor"):
+    for command in ("run", "status", "report", "compare", "dashboard", "export", "doctor"):
         assert command in done.stdout
 
 

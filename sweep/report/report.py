@@ -57,8 +57,17 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
 
 def page(template: str, to: Path, view: dict[str, Any], figures: list[Drawn], study: Study) -> None:
     """Render a template's two kinds into report.html, its figures inside, and report.md, with the study file."""
-    # Where Optuna's storage lies is no part of the question, and its URL may hold a password.
-    view = {**view, "study_file": without_paths("".join(_without_storage(dump_study(study))))}
+    render(template, to, {**view, "study_file": shown_file(study)}, figures)
+
+
+def shown_file(study: Study) -> str:
+    """The study file as a report shows it: where Optuna's storage lies is no part of the question, and its URL may hold
+    a password."""
+    return without_paths("".join(_without_storage(dump_study(study))))
+
+
+def render(template: str, to: Path, view: dict[str, Any], figures: list[Drawn]) -> None:
+    """Render a template's two kinds into report.html, its figures inside, and report.md."""
     images = {d.name: _data_uri(to / "figures" / f"{d.name}.png") for d in figures}
     templates = _templates()
     html = templates.get_template(f"{template}.html").render(**view, images=images)

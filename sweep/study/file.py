@@ -115,6 +115,11 @@ def dump_study(study: Study) -> str:
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def dotted(study: Study) -> dict[str, Any]:
+    """Dotted key -> value, with every default."""
+    return dict(_flat(study.model_dump(mode="json"), ""))
+
+
 def what_changed(before: str, after: str) -> list[str]:
     """The keys in which two dumps ask another question, as it ran (-) and as asked now (+); `storage` may move, and
     `rank_use` and `published` look at what has been trained."""
