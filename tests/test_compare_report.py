@@ -156,6 +156,7 @@ def test_the_command_writes_where_it_is_told_and_prints_the_lead(
 def test_what_cannot_be_compared_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     home = Home(tmp_path / "home")
     made(home.root, "one", stop_after=0)
     languages = read_study(Path(__file__).parents[1] / "studies" / "languages.yaml").study
