@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+from browsing import browser as browser
 from peft_reference import MINILM, SMOLLM, STEPS, prepared_for
 
 from sweep.study.records import DataSettings, Prepared, Setup, TrainSettings
