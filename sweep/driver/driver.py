@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import platform
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from sweep.driver.interrupts import heed, interruptible
 from sweep.driver.packing import Pack, Ready, at_most, calibration_lines, halves, is_out_of_memory, plan_packs
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
+from sweep.driver.provenance import describe_session
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
 from sweep.driver.session import Session, ask, can_ask, end, settle, warn
 from sweep.driver.storage import StorageError, open_ledger, open_storage
@@ -61,7 +60,7 @@ def run_study(
         name_holder(lock)
         ledger = open_ledger(study, open_storage(storage_url), fresh=known.prepared is None)
         write_question(study, folder)
-        append(folder.journal, "started", versions=_versions())
+        append(folder.journal, "started", **describe_session())
         records = match_trials(ledger, known.trials)
         session = Session(
             study=study,
@@ -244,13 +243,3 @@ def _trials(pack: Pack) -> str:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].rstrip(": ")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("sweep", "optuna"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout
-            continue
-    return versions
