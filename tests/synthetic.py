@@ -32,6 +32,13 @@ from sweep.tracking.journal import StudyRecord, append, append_asked, append_end
 QUICKSTART = Path(__file__).parents[1] / "studies" / "quickstart.yaml"
 SOURCE_LOSS = 3.0  # of the base
 FLOOR = {2: 0.262, 4: 0.225, 8: 0.205, 64: 0.198, 0: 0.182}  # final loss by rank; 0: full fine-tuning
+SESSION = {  # as `sweep.driver.provenance` tells it
+    "command": "sweep run studies/quickstart.yaml",
+    "commit": "0123456789abcdef0123456789abcdef01234567 + uncommitted changes",
+    "system": "Linux-6.1.0-x86_64-with-glibc2.36",
+    "hardware": {"cpu": "AMD EPYC 9654", "cores": 2, "memory_bytes": 16 * 2**30, "gpus": []},
+    "versions": {"python": "3.11.9", "sweep": "0.1.0", "optuna": "5.0.0"},
+}
 END = {  # (phase, arm, learning rate or seed) → how that trial ends other than by the plan
     (SEARCH, "r64-ratio2", 0.03): DIVERGED,
     (SEARCH, "r8-ratio1", 0.003): FAILED,
@@ -62,7 +69,7 @@ def write_study(
     final_loss: test loss of (arm, seed) in the confirm phase; without it a plausible one with noise.
     """
     home = StudyFolder(folder)
-    append(home.journal, "started")
+    append(home.journal, "started", **SESSION)
     if prepared:
         append(home.journal, "prepared", prepared=to_json(_prepared(study, chance, forgets is not None)))
     rng = np.random.default_rng(7)
@@ -193,7 +200,10 @@ def _prepared(study: Study, chance: tuple[float | None, float | None], source: b
         precision="float32",
         attention="sdpa",
         pack_size=8,
-        calibration=({"precision": "float32", "seconds": 0.21}, {"precision": "bfloat16", "seconds": 0.34}),
+        calibration=(
+            {"precision": "float32", "attention": "sdpa", "pack_size": 8, "ms_per_trial_step": 21.4},
+            {"precision": "bfloat16", "attention": "sdpa", "pack_size": 8, "failed": "RuntimeError: no bfloat16"},
+        ),
         tokens_per_step=480.0,
         chance_loss=chance[0],
         chance_accuracy=chance[1],

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import platform
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from sweep.driver.packing import (
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
 from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
+from sweep.driver.provenance import describe_session
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
 from sweep.driver.session import Session, ask, can_ask, end, settle, warn
 from sweep.driver.storage import StorageError, open_ledger, open_storage
@@ -83,7 +82,7 @@ def run_study(
         name_holder(lock)
         ledger = open_ledger(study, open_storage(storage_url), fresh=known.prepared is None)
         write_question(study, folder)
-        append(folder.journal, "started", versions=_versions())
+        append(folder.journal, "started", **describe_session())
         records = match_trials(ledger, known.trials)
         session = Session(
             study=study,
@@ -313,13 +312,3 @@ def _why_not(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"it does not fit on this device in a process of its own ({in_one_line(error)})"
     return in_one_line(error) + (" (its process was killed, perhaps for want of memory)" if was_killed(error) else "")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("sweep", "optuna"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout
-            continue
-    return versions

@@ -7,10 +7,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sweep.report.alpha import AlphaFit, alpha_fits
-from sweep.report.figures import Drawn, draw
+from sweep.report.drawing import Drawn, Numbers, draw
 from sweep.report.intervals import t_interval
 from sweep.report.sections import Section
-from sweep.report.style import SERIES, legend_columns, loss_axis, new_figure, readable_log
+from sweep.report.style import SERIES, legend_above, loss_axis, new_figure, readable_log
 from sweep.report.tables import Cell, Row, Table
 from sweep.report.words import loss_decimals, number, plural, rate, signed, span
 from sweep.study.schema import Study
@@ -108,8 +108,7 @@ def loss_by_effective_rate(fit: AlphaFit, name: str) -> tuple[Figure, Drawn] | N
     panels[1].set_title("against ratio × rate")
     panels[0].set_ylabel("test loss")
     loss_axis(panels[0], losses)
-    labels = [f"alpha ratio {ratio:g}" for ratio in ratios]
-    figure.legend(loc="outside upper left", ncols=legend_columns(labels, 4), fontsize=8.5, handlelength=1.6)
+    legend_above(figure, panels[0].get_legend_handles_labels()[0], 4)
     values = "; ".join(
         f"ratio {ratio:g} at {rate(at)} {t_interval(list(losses_of.values())).mean:.3f}"
         for (ratio, at), losses_of in sorted(fit.cells.items())
@@ -121,7 +120,17 @@ def loss_by_effective_rate(fit: AlphaFit, name: str) -> tuple[Figure, Drawn] | N
         "t-intervals, a line for each alpha ratio. On the right the rate is multiplied by the ratio: were alpha a "
         "learning rate, the lines would lie on one another.",
         f"Two panels of test loss, against learning rate and against alpha ratio times learning rate. Means: {values}.",
+        _numbers(fit),
     )
+
+
+def _numbers(fit: AlphaFit) -> Numbers:
+    heads = ("alpha ratio", "learning rate", "ratio × rate", "mean test loss", "95 % interval, low", "high", "seeds")
+    rows = []
+    for (ratio, at), losses in sorted(fit.cells.items()):
+        found = t_interval(list(losses.values()))
+        rows.append((ratio, at, ratio * at, found.mean, found.low, found.high, found.n))
+    return Numbers(heads, rows)
 
 
 def _table(study: Study, fit: AlphaFit) -> Table:

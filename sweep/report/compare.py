@@ -23,7 +23,7 @@ from sweep.report.compare_tables import (
     reference_table,
     write_rows,
 )
-from sweep.report.figures import draw
+from sweep.report.drawing import draw
 from sweep.report.report import render, shown_file
 from sweep.report.sections import Section
 from sweep.report.words import join, plural
@@ -39,8 +39,6 @@ def write_comparison(studies: Sequence[tuple[Study, StudyRecord]], to: Path) -> 
     """
     folder = to / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
     compared = compare(studies)
     found = differences([c.ran for c in compared])
     rules = may_be_compared([c.ran for c in compared])
@@ -63,7 +61,7 @@ def write_comparison(studies: Sequence[tuple[Study, StudyRecord]], to: Path) -> 
         "command": f"sweep compare {' '.join(c.name for c in compared)}",
         "files": [(c.name, shown_file(c.study)) for c in compared],
     }
-    render("compare", to, view, [drawn for section in sections for drawn in section.figures])
+    render("compare", to, view)
     write_rows(compared, to / "compare.csv")
     return lead
 

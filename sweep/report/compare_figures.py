@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sweep.report.compare_numbers import Compared, shares
-from sweep.report.figures import Drawn
+from sweep.report.drawing import Drawn, Numbers
 from sweep.report.labels import label_lines
 from sweep.report.results import ArmResult
-from sweep.report.style import FAINT, INK, SERIES, SOFT, grid_of, hide_empty, new_figure, rank_axis
+from sweep.report.style import FAINT, INK, SERIES, SOFT, WHITE, grid_of, hide_empty, new_figure, rank_axis
 
 MARKERS = "osD^vPX"  # told apart without colour
 ASIDE = 1.09  # from one study's marks to the next's, on the axis of ranks
@@ -38,11 +39,11 @@ def to_reference_by_rank(compared: Sequence[Compared], one_scale: bool) -> tuple
         for result in _of_ranks(c):
             at = result.to_reference
             if at is None:  # the reference: 0 by what it is
-                axes.plot([result.arm.r], [0], marker, color=colour, ms=7, mfc="white", mew=1.4)
+                axes.plot([result.arm.r], [0], marker, color=colour, ms=7, mfc=WHITE, mew=1.4)
                 continue
             if at.low is not None and at.high is not None:
                 axes.plot([result.arm.r] * 2, [at.low, at.high], color=colour, lw=2, solid_capstyle="round")
-            axes.plot([result.arm.r], [at.mean], marker, color=colour, ms=7, mec="white", mew=0.8)
+            axes.plot([result.arm.r], [at.mean], marker, color=colour, ms=7, mec=WHITE, mew=0.8)
         axes.set_title(c.name)
         axes.margins(y=0.12)
         axes.annotate(
@@ -71,6 +72,15 @@ def to_reference_by_rank(compared: Sequence[Compared], one_scale: bool) -> tuple
         "intervals; where several arms of a rank were confirmed, the one that search chose. The dashed line is the "
         f"study's ε, the dotted one full fine-tuning's mean; {scales}.",
         f"Difference of test loss to the reference against rank, one panel a study. Means: {values}.",
+        Numbers(
+            ("study", "rank", "mean difference", "95 % interval, low", "high", "paired seeds", "epsilon"),
+            [
+                (c.name, r.arm.r, d.mean, d.low, d.high, d.n, c.study.confirm.epsilon)
+                for c in shown
+                for r in _of_ranks(c)
+                if (d := r.to_reference) is not None
+            ],
+        ),
     )
 
 
@@ -85,8 +95,7 @@ def cost_by_rank(compared: Sequence[Compared]) -> tuple[Figure, Drawn] | None:
     for axes, kind, title in ((top, "memory", "peak memory"), (bottom, "step_time", "step time")):
         rank_axis(axes, ranks)
         axes.set_title(title)
-        axes.axhline(100, color=SOFT, lw=1.2, ls=(0, (1, 2)))
-        named: list[tuple[float, str, str]] = [(100, "full fine-tuning", SOFT)]
+        named = [axes.axhline(100, color=SOFT, lw=1.2, ls=(0, (1, 2)), label="full fine-tuning")]
         highest = 100.0
         for i, c in enumerate(shown):
             colour, marker = _style(compared, c)
@@ -97,9 +106,8 @@ def cost_by_rank(compared: Sequence[Compared]) -> tuple[Figure, Drawn] | None:
             told.append(f"{c.name}, {title}: " + ", ".join(f"rank {rank} {value:.0f} %" for rank, value in points))
             aside = ASIDE ** (i - (len(shown) - 1) / 2)  # equal shares would hide one another
             points = [(rank * aside, value) for rank, value in points]
-            axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, ms=6.5, mec="white", mew=0.8, lw=1.6)
-            _lead_to_margin(axes, points[-1], colour)
-            named.append((points[-1][1], c.name, colour))
+            axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, ms=6.5, mec=WHITE, mew=0.8, lw=1.6)
+            named.append(_lead_to_margin(axes, points[-1], colour, c.name))
             highest = max(highest, *(value for _, value in points))
         axes.set_ylim(0, 1.12 * highest)
         axes.set_ylabel("% of full fine-tuning")
@@ -111,6 +119,15 @@ def cost_by_rank(compared: Sequence[Compared]) -> tuple[Figure, Drawn] | None:
         "Peak memory and step time from solo probes, each divided by full fine-tuning's on the same machine. One "
         "measurement each, without an interval.",
         f"Shares of full fine-tuning's peak memory and step time against rank, one line a study. {'; '.join(told)}.",
+        Numbers(
+            ("study", "rank", "peak memory (share of full fine-tuning)", "step time (share of full fine-tuning)"),
+            [
+                (c.name, r.arm.r, share.memory, share.step_time)
+                for c in shown
+                for r in _of_ranks(c)
+                if (share := shares(r, c.full_cost)).memory is not None
+            ],
+        ),
     )
 
 
@@ -126,6 +143,7 @@ def _style(compared: Sequence[Compared], c: Compared) -> tuple[str, str]:
     return SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
 
 
-def _lead_to_margin(axes: Axes, last: tuple[float, float], colour: str) -> None:
+def _lead_to_margin(axes: Axes, last: tuple[float, float], colour: str, name: str) -> Line2D:
     """A thin line from the last point to where its name stands."""
-    axes.plot([last[0], axes.get_xlim()[1]], [last[1]] * 2, color=colour, lw=0.7, alpha=0.6)
+    (line,) = axes.plot([last[0], axes.get_xlim()[1]], [last[1]] * 2, color=colour, lw=0.7, alpha=0.6, label=name)
+    return line

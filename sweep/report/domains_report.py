@@ -23,8 +23,9 @@ from sweep.report.domains import (
     side,
 )
 from sweep.report.domains_figures import domain_losses, gain_by_distance
-from sweep.report.figures import draw
+from sweep.report.drawing import draw
 from sweep.report.intervals import Interval
+from sweep.report.provenance import provenance_facts
 from sweep.report.report import page
 from sweep.report.search import edge_warnings, find_edges, search_rows
 from sweep.report.sections import Section
@@ -38,14 +39,12 @@ DECIMALS = 3
 
 
 def write_domains_report(study: Study, found: Found, records: Mapping[str, StudyRecord], to: Path) -> tuple[str, ...]:
-    """Write report.html, report.md, losses.csv and figures/*.png into `to`; returns the leading sentences.
+    """Write report.html, report.md, losses.csv and figures/ into `to`; returns the leading sentences.
 
     records: of the parts, by domain. Raises OSError where it cannot write.
     """
     figures = to / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    for old in figures.glob("*.png"):
-        old.unlink()
     mixed = any(row["adapter"] == MIXED for row in found["losses"])
     losses, gains = draw(domain_losses, figures, found), draw(gain_by_distance, figures, found)
     sections = [
@@ -82,8 +81,8 @@ def write_domains_report(study: Study, found: Found, records: Mapping[str, Study
             "warnings": _warnings(study, records),
             "parts": [part.name for part in domain_studies(study).values()],
             "limits": _limits(study, found),
+            "provenance": provenance_facts(study, list(records.values())),
         },
-        [drawn for section in sections for drawn in section.figures],
         study,
     )
     with open(to / "losses.csv", "w", newline="", encoding="utf-8") as file:

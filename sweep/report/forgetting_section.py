@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from sweep.report.figures import Drawn, draw
+from sweep.report.drawing import Drawn, Numbers, draw
 from sweep.report.forgetting import Matched, course, match
 from sweep.report.intervals import Interval
 from sweep.report.results import Findings
 from sweep.report.sections import Section
 from sweep.report.statistics import confirm_trials
-from sweep.report.style import FAINT, SERIES, SOFT, new_figure
+from sweep.report.style import FAINT, SERIES, SOFT, WHITE, legend_above, new_figure
 from sweep.report.tables import Cell, Row, Table, change
 from sweep.report.words import arm_title, join, loss_decimals, number, plural, signed, span, without_paths
 from sweep.study.arms import Arm
@@ -53,20 +53,24 @@ def learning_forgetting(study: Study, record: StudyRecord, findings: Findings) -
     axes = figure.subplots()
     axes.axhline(0, color=FAINT, lw=1.2)
     arms = study.list_arms()
+    numbers: list[tuple[object, ...]] = []
     for i, arm in enumerate(shown):
         colour = SOFT if arm.is_full else SERIES[i % len(SERIES)]
         at: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        name = arm_title(arm, arms)
         for trial in confirm_trials(record, arm):
             for point in course(record, trial):
                 at[point.step].append((point.target_loss, point.forgetting))
+                numbers.append((name, f"seed {trial.spec.seed}", point.step, *at[point.step][-1]))
         for points in at.values():
             axes.plot(*np.transpose(points), "o", color=colour, ms=3.5, mew=0, alpha=0.35)
         means = np.array([np.mean(at[step], axis=0) for step in sorted(at)])
-        axes.plot(means[:, 0], means[:, 1], "o-", color=colour, ms=6, lw=1.8, mec="white", label=arm_title(arm, arms))
+        axes.plot(means[:, 0], means[:, 1], "o-", color=colour, ms=6, lw=1.8, mec=WHITE, label=name)
+        numbers += [(name, "mean", step, *mean) for step, mean in zip(sorted(at), means.tolist(), strict=True)]
     axes.invert_xaxis()
     axes.set_xlabel("validation loss on the target (further right has learned more)")
     axes.set_ylabel("rise of the loss on source text")
-    figure.legend(loc="outside upper left", ncols=min(3, len(shown)), fontsize=8.5, handlelength=1.6)
+    legend_above(figure, axes.get_legend_handles_labels()[0], 3)
     return figure, Drawn(
         "learning-forgetting",
         "Learning and forgetting",
@@ -75,6 +79,10 @@ def learning_forgetting(study: Study, record: StudyRecord, findings: Findings) -
         "Rise of the loss on source text against validation loss on the target, one line for each of: "
         + ", ".join(arm_title(arm, arms) for arm in shown)
         + ".",
+        Numbers(
+            ("arm", "what", "step", "validation loss on the target (nats)", "rise of the loss on source text (nats)"),
+            numbers,
+        ),
     )
 
 

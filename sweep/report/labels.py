@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from sweep.report.style import spread
+from sweep.report.style import WHITE, spread, text_colour
 
 TEXT: dict[str, Any] = {"fontsize": 8.5, "textcoords": "offset points"}
 ROW = 12.0  # points from one line of text to the next
 AWAY = 5.0  # points between a mark and its label
+ALIGNED = (("center", 0.0), ("left", 0.6), ("right", 0.6))  # and how much worse each is
 MARK, LINE, OUTSIDE = 10.0, 3.0, 30.0  # how bad it is to cover a mark or a label, a line, or to leave the axes
 
 
@@ -27,29 +31,34 @@ class PointLabel:
     colour: str
 
 
-def label_lines(axes: Axes, lines: Sequence[tuple[float, str, str]]) -> None:
-    """Name horizontal lines (height, text, colour) in the right margin; names nearer than a line are spread."""
+def label_lines(axes: Axes, lines: Sequence[Line2D]) -> None:
+    """Name horizontal lines by their labels, in the right margin; names nearer than a line are spread."""
     low, high = axes.get_ylim()
     points = axes.get_window_extent().height * 72 / axes.figure.dpi
-    places = spread([y for y, _, _ in lines], 1.15 * ROW / points * (high - low))
-    for (y, text, colour), place in zip(lines, places, strict=True):
+    places = spread([height_of(line) for line in lines], 1.15 * ROW / points * (high - low))
+    for line, place in zip(lines, places, strict=True):
+        colour = line.get_color()
         axes.annotate(
-            text,
-            (1, y),
+            str(line.get_label()),
+            (1, height_of(line)),
             (1.03, place),
             xycoords=("axes fraction", "data"),
             textcoords=("axes fraction", "data"),
             va="center",
-            color=colour,
+            color=text_colour(colour),
             fontsize=8.5,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0},
         )
 
 
+def height_of(line: Line2D) -> float:
+    return float(np.asarray(line.get_ydata())[0])
+
+
 def label_points(
     axes: Axes, labels: Sequence[PointLabel], marks: Sequence[tuple[float, float, float]], lines: Sequence[float]
 ) -> None:
-    """Put each label above or below its own marks, wherever it covers least. marks: (x, low, high)."""
+    """Put each label above or below its own marks, centred or aside, where it covers least. marks: (x, low, high)."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # the layout decides where the marks are
@@ -63,19 +72,20 @@ def label_points(
         above, below = ((label.x, label.high), AWAY, "bottom"), ((label.x, label.low), -AWAY, "top")
         best: tuple[float, Any, Bbox] | None = None
         for further in (0.0, ROW, 2 * ROW):
-            for at, offset, side in (above, below):
+            for (at, offset, side), (align, worse) in product((above, below), ALIGNED):
                 text = axes.annotate(
                     label.text,
                     at,
                     (0, offset + (further if offset > 0 else -further)),
-                    ha="center",
+                    ha=align,
                     va=side,
-                    color=label.colour,
+                    color=text_colour(label.colour),
                     **TEXT,
                 )
                 box = text.get_window_extent()
-                cost = sum(weight for other, weight in taken if box.overlaps(other)) + further / ROW
+                cost = sum(weight for other, weight in taken if box.overlaps(other)) + further / ROW + worse
                 cost += OUTSIDE * (box.y0 < inside.y0 or box.y1 > inside.y1)
+                cost += OUTSIDE * (box.x0 < inside.x0 or box.x1 > figure.bbox.x1)
                 if best is None or cost < best[0]:
                     if best is not None:
                         best[1].remove()
@@ -84,7 +94,7 @@ def label_points(
                     text.remove()
         if best is not None:
             best[1].set_in_layout(False)  # else the axes would shrink, and the marks move under the labels
-            best[1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+            best[1].set_path_effects([withStroke(linewidth=2.5, foreground=WHITE)])
             taken.append((best[2], MARK))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sweep.report.figures import Drawn, draw
+from sweep.report.drawing import Drawn, Numbers, draw
 from sweep.report.sections import Section
-from sweep.report.style import INK, SERIES, SOFT, new_figure
+from sweep.report.style import GRID, INK, SERIES, SOFT, WHITE, legend_above, new_figure
 from sweep.report.tables import Cell, Row, Table
 from sweep.report.words import join, plural, signed
 from sweep.study.schema import Study
@@ -123,7 +123,7 @@ def overheads(found: Found) -> tuple[Figure, Drawn] | None:
     figure = new_figure(3.9)
     axes = figure.subplots()
     axes.axhline(0, color=INK, lw=0.9)
-    told = []
+    told, numbers = [], []
     for i, variant in enumerate(variants):
         colour = SOFT if variant["kind"] == MERGED else SERIES[(i - 1) % len(SERIES)]
         aside = 0.7 * ((i + 0.5) / len(variants) - 0.5)
@@ -132,17 +132,18 @@ def overheads(found: Found) -> tuple[Figure, Drawn] | None:
                 continue
             values = overhead(cell, variant["name"])
             ends = median_interval(values) or (min(values), max(values))
+            numbers.append((cell["batch"], cell["length"], variant["name"], statistics.median(values), *ends))
             axes.plot([x + aside] * 2, ends, color=colour, lw=2, solid_capstyle="round")
-            axes.plot([x + aside], [statistics.median(values)], "o", color=colour, ms=6, mec="white", mew=0.8)
+            axes.plot([x + aside], [statistics.median(values)], "o", color=colour, ms=6, mec=WHITE, mew=0.8)
         axes.plot([], [], "o", color=colour, label=variant["name"])
         told.append(_said(cells, variant))
     for x in range(1, len(cells)):
-        axes.axvline(x - 0.5, color="#ececec", lw=0.8)
+        axes.axvline(x - 0.5, color=GRID, lw=0.8)
     axes.grid(False, axis="x")
     axes.set_xticks(range(len(cells)), [_size(cell) for cell in cells])
     axes.set_xlabel("batch × tokens of a pass")
     axes.set_ylabel("overhead against the base, %")
-    figure.legend(loc="outside upper left", ncols=min(3, len(variants)), fontsize=8.5, handlelength=1.2)
+    legend_above(figure, axes.get_legend_handles_labels()[0], 3, handlelength=1.2)
     lines = "95 % intervals of the medians" if found["repeats"] >= 6 else "the range of the turns"
     return figure, Drawn(
         "latency",
@@ -150,6 +151,10 @@ def overheads(found: Found) -> tuple[Figure, Drawn] | None:
         f"How much longer a pass takes than the base's in the same turn: medians over "
         f"{plural(found['repeats'], 'turn')}; lines are {lines}. At 0 an adapter costs nothing.",
         f"Overhead in per cent by batch and tokens. {' '.join(told)}",
+        Numbers(
+            ("batch", "tokens", "variant", "median overhead (%)", "low (%)", "high (%)"),
+            numbers,
+        ),
     )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sweep.report.figures import Drawn, draw
+from sweep.report.drawing import Drawn, Numbers, draw
 from sweep.report.intervals import Interval
 from sweep.report.results import ArmResult, Findings
 from sweep.report.sections import Section
 from sweep.report.statistics import paired_interval
-from sweep.report.style import FAINT, SERIES, new_figure
+from sweep.report.style import FAINT, SERIES, WHITE, legend_above, new_figure
 from sweep.report.tables import Cell, Row, Table, change
 from sweep.report.words import loss_decimals, plural
 from sweep.study.arms import LORA_PREFIX, PREFIX
@@ -86,16 +86,32 @@ def differences_of_methods(trios: list[Trio]) -> tuple[Figure, Drawn] | None:
             if found.low is not None and found.high is not None:
                 axes.plot([found.low, found.high], [y, y], color=SERIES[k], lw=2, solid_capstyle="round")
             label = HELD[k] if i == 0 else None
-            axes.plot([found.mean], [y], "o", color=SERIES[k], ms=6.5, mec="white", mew=1, label=label)
+            axes.plot([found.mean], [y], "o", color=SERIES[k], ms=6.5, mec=WHITE, mew=1, label=label)
     axes.set_yticks([-i for i in range(len(trios))], [trio.name for trio in trios])
     axes.set_xlabel("difference of test loss; left of 0 the first is better")
-    figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, handlelength=1.6)
+    legend_above(figure, axes.get_legend_handles_labels()[0], 3)
     return figure, Drawn(
         "prefix-or-lora",
         "LoRA, a prefix, and both",
         "Differences of test loss between LoRA, a prefix and both together at equal steps: means over the seeds with "
         "95 % t-intervals. An interval that holds 0 shows no difference.",
         "Differences of test loss, one row for each of: " + "; ".join(trio.name for trio in trios) + ".",
+        Numbers(
+            (
+                "setting",
+                "difference",
+                "mean (nats)",
+                "95 % interval, low (nats)",
+                "95 % interval, high (nats)",
+                "paired seeds",
+            ),
+            [
+                (trio.name, what, found.mean, found.low, found.high, found.n)
+                for trio in trios
+                for what, found in zip(HELD, trio.differences, strict=True)
+                if found is not None
+            ],
+        ),
     )
 
 

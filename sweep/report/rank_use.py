@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sweep.report.figures import draw
+from sweep.report.drawing import draw
 from sweep.report.rank_use_figures import rank_by_layer, spectra, subspaces, truncation
 from sweep.report.rank_use_numbers import Found, truncated_rows, write_numbers
 from sweep.report.rank_use_sentences import sentences

@@ -10,8 +10,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sweep.report.figures import Drawn
-from sweep.report.intervals import Interval, t_interval
+from sweep.report.drawing import Drawn, Numbers
+from sweep.report.intervals import t_interval
+from sweep.report.marks import mark_mean, mark_seeds
 from sweep.report.rank_use_numbers import (
     Found,
     Truncated,
@@ -30,6 +31,7 @@ from sweep.report.style import (
     VERMILION,
     grid_of,
     hide_empty,
+    legend_above,
     loss_axis,
     new_figure,
     rank_axis,
@@ -48,6 +50,7 @@ def spectra(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
     figure = new_figure(0.9 + 2.1 * rows)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel())
     tops, ends = [], [1]
+    numbers: list[tuple[object, ...]] = []
     for axes, kind in zip(panels, kinds, strict=False):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -57,6 +60,7 @@ def spectra(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
                 continue
             colour = SOFT if arm.is_full else SERIES[i % len(SERIES)]
             axes.plot(at, mean, "o-", color=colour, lw=1.4, ms=3, label=called(study, found, arm))
+            numbers += [(kind, called(study, found, arm), *point) for point in zip(at, mean, strict=True)]
             tops.append(mean[0])
             ends.append(at[-1])
         axes.set_title(kind)
@@ -65,8 +69,7 @@ def spectra(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
     panels[0].set_ylim(max(tops) / 1e4, max(tops) * 2)
     readable_log(panels[0].xaxis, 1, max(ends))
     hide_empty(panels, len(kinds), columns)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)), fontsize=8.5, handlelength=1.6)
+    legend_above(figure, panels[0].get_legend_handles_labels()[0], 5)
     figure.supxlabel("index of the singular value (log scale)", fontsize=9.5, color=SOFT)
     figure.supylabel("singular value of ΔW (log scale)", fontsize=9.5, color=SOFT)
     more = len(kinds_of(found)) - len(kinds)
@@ -77,6 +80,7 @@ def spectra(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
         "line ends where an arm's rank does, and values below a ten-thousandth of the largest are cut off."
         + (f" {more} more kinds are in rank-use.csv." if more else ""),
         f"Singular values of the updates against their index on log scales, for {', '.join(kinds)}.",
+        Numbers(("layers", "arm", "index", "singular value of ΔW, geometric mean"), numbers),
     )
 
 
@@ -88,6 +92,7 @@ def rank_by_layer(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
     rows, columns = grid_of(len(arms))
     figure = new_figure(0.9 + 2.1 * rows)
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    numbers: list[tuple[object, ...]] = []
     for axes, arm in zip(panels, arms, strict=False):
         highest = 0.0
         for i, kind in enumerate(kinds):
@@ -96,6 +101,7 @@ def rank_by_layer(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
             at = [b for b in blocks if mean[b]]
             heights = [float(np.mean(mean[b])) for b in at]
             axes.plot(at, heights, "o-", color=SERIES[i % len(SERIES)], lw=1.2, ms=3, label=kind)
+            numbers += [(called(study, found, arm), kind, *point) for point in zip(at, heights, strict=True)]
             highest = max([highest, *heights])
         axes.set_ylim(0, 1.08 * max(highest, arm.r))
         if arm.r:
@@ -103,8 +109,7 @@ def rank_by_layer(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
         axes.set_title(called(study, found, arm))
         axes.set_xticks(blocks[:: max(1, len(blocks) // 6)])
     hide_empty(panels, len(arms), columns)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(3, len(labels)), fontsize=8.5, handlelength=1.6)
+    legend_above(figure, panels[0].get_legend_handles_labels()[0], 3)
     figure.supxlabel("block", fontsize=9.5, color=SOFT)
     figure.supylabel("effective rank of ΔW", fontsize=9.5, color=SOFT)
     return figure, Drawn(
@@ -113,6 +118,7 @@ def rank_by_layer(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
         "Effective rank of each layer's update, the mean over the seeds; the dashed line is the arm's rank, which it "
         "cannot exceed but in DoRA and PiSSA. Each panel has its own scale.",
         f"Effective rank against the block, one panel for each of {', '.join(called(study, found, a) for a in arms)}.",
+        Numbers(("arm", "layers", "block", "effective rank of ΔW, mean over the seeds"), numbers),
     )
 
 
@@ -151,6 +157,15 @@ def subspaces(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
         "different seeds. A: the right singular vectors of A, as in the paper; input and output: the right and the "
         "left ones of ΔW; chance: random Gaussian matrices. The scale ends at the largest value shown.",
         f"Heat maps of the subspace similarity. φ(1, 1): {values}.",
+        Numbers(
+            ("directions", "one", "other", "i, of one", "j, of the other", "φ(i, j), 0 to 1"),
+            [
+                (name, one.name, other.name, i, j, entry["grid"][row][column])
+                for name, entry, one, other in panels
+                for row, i in enumerate(entry["i"])
+                for column, j in enumerate(entry["j"])
+            ],
+        ),
     )
 
 
@@ -165,18 +180,23 @@ def truncation(
     axes = figure.subplots()
     rank_axis(axes, [row.rank for row in rows])
     heights: list[float] = []
+    numbers: list[tuple[object, ...]] = []
     for row in rows:
-        cut = [entry["test_loss"] for entry in found["truncated"] if entry["rank"] == row.rank]
-        trained = list(trained_losses(record, chosen[row.rank]).values())
-        for losses, aside, colour in ((cut, 0.94, VERMILION), (trained, 1.06, BLUE)):
+        cut = {entry["seed"]: entry["test_loss"] for entry in found["truncated"] if entry["rank"] == row.rank}
+        trained = trained_losses(record, chosen[row.rank])
+        for what, by_seed, aside, colour in (("truncated", cut, 0.94, VERMILION), ("trained", trained, 1.06, BLUE)):
+            losses = list(by_seed.values())
             if losses:
-                _with_interval(axes, row.rank * aside, losses, t_interval(losses), colour)
-                heights += losses
-                heights += [end for end in _ends(t_interval(losses)) if end is not None]
+                at = t_interval(losses)
+                numbers.append((row.rank, what, "mean", at.mean, at.low, at.high))
+                numbers += [(row.rank, what, f"seed {seed}", loss, None, None) for seed, loss in by_seed.items()]
+                mark_seeds(axes, row.rank * aside, losses, colour)
+                mark_mean(axes, row.rank * aside, at.mean, at.low, at.high, colour)
+                heights += [*losses, *(end for end in (at.low, at.high) if end is not None)]
     loss_axis(axes, heights)
-    axes.plot([], [], "o-", color=VERMILION, label=f"rank {max(chosen)}, truncated to it by SVD")
-    axes.plot([], [], "o-", color=BLUE, label="trained at it")
-    figure.legend(loc="outside upper left", ncols=2, fontsize=8.5, handlelength=1.6)
+    handles = axes.plot([], [], "o-", color=VERMILION, label=f"rank {max(chosen)}, truncated to it by SVD")
+    handles += axes.plot([], [], "o-", color=BLUE, label="trained at it")
+    legend_above(figure, handles, 2)
     axes.set_xlabel("rank (log scale)")
     axes.set_ylabel("test loss at the last step")
     values = "; ".join(f"rank {row.rank} {row.loss.mean:.3f}" for row in rows)
@@ -187,6 +207,17 @@ def truncation(
         "adapters trained at that rank: means with 95 % t-intervals over the seeds, each seed as a faint dot. A "
         "truncated adapter keeps its own head.",
         f"Test loss against rank. Truncated: {values}.",
+        Numbers(
+            (
+                "rank",
+                "adapters",
+                "what",
+                "test loss (nats)",
+                "95 % interval, low (nats)",
+                "95 % interval, high (nats)",
+            ),
+            numbers,
+        ),
     )
 
 
@@ -207,17 +238,6 @@ def _heat(axes: Axes, entry: Mapping[str, Any], brightest: float) -> Any:
     axes.grid(False)
     axes.tick_params(length=0)
     return image
-
-
-def _with_interval(axes: Axes, x: float, losses: Sequence[float], interval: Interval, colour: str) -> None:
-    axes.plot([x] * len(losses), losses, "o", color=colour, alpha=0.3, ms=4.5, mew=0)
-    if interval.low is not None and interval.high is not None:
-        axes.plot([x, x], [interval.low, interval.high], color=colour, lw=2, solid_capstyle="round")
-    axes.plot([x], [interval.mean], "o", color=colour, ms=7.5, mec="white", mew=1)
-
-
-def _ends(interval: Interval) -> tuple[float | None, float | None]:
-    return interval.low, interval.high
 
 
 def _top(entry: Mapping[str, Any]) -> float:

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-import base64
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sweep.report.alpha_section import alpha_section
 from sweep.report.costs import costs_section
-from sweep.report.figures import Drawn, draw, learning_curves, loss_by_rank, memory, pareto
+from sweep.report.drawing import Drawn, draw
 from sweep.report.forgetting_section import forgetting_section
 from sweep.report.latency import latency_section
+from sweep.report.loss_figures import loss_by_rank, pareto
 from sweep.report.prefix_section import prefix_section
+from sweep.report.provenance import provenance_facts
 from sweep.report.published_section import published_section
 from sweep.report.rank_use import rank_use_section
 from sweep.report.results import Findings
 from sweep.report.search_figures import loss_by_rate, rank_by_ratio
 from sweep.report.sections import Section
 from sweep.report.statistics import find
-from sweep.report.tables import chance_line, confirmed_table, measured, search_table, write_trials
+from sweep.report.svg import share_letters
+from sweep.report.tables import calibration_table, chance_line, confirmed_table, measured, search_table
+from sweep.report.training_figures import learning_curves, memory
 from sweep.report.traps import power_line
+from sweep.report.trials import write_trials
 from sweep.report.words import rate, without_paths
 from sweep.study.file import dump_study
 from sweep.study.schema import Study
 from sweep.tracking.analyses import read_analysis
 from sweep.tracking.journal import StudyRecord
 
+FIGURE = re.compile(r"\]\(figures/([\w-]+)\.png\)")  # as Markdown names it
+
 
 def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
-    """Write report.html, report.md, trials.csv and figures/*.png into `to`. The same records give the same files.
+    """Write report.html, report.md, trials.csv and figures/ into `to`. The same records give the same files.
 
     Unfinished studies are reported as far as they went. Raises OSError where it cannot write.
     """
     findings = find(study, record)
     folder = to / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):  # an earlier report may have had figures that this one has not
-        old.unlink()
     drawn = [
         draw(loss_by_rank, folder, study, findings),
         draw(learning_curves, folder, study, record, findings),
@@ -48,16 +54,15 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
         draw(pareto, folder, study, findings),
     ]
     sections = analysis_sections(study, record, findings, folder)
-    view = {**_view(study, record, findings, [d for d in drawn if d is not None]), "sections": sections}
-    shown = [d for d in drawn if d is not None] + [d for section in sections for d in section.figures]
-    page("report", to, view, shown, study)
+    view = _view(study, record, findings, [d for d in drawn if d is not None], sections)
+    page("report", to, view, study)
     write_trials(record, to / "trials.csv")
     return findings
 
 
-def page(template: str, to: Path, view: dict[str, Any], figures: list[Drawn], study: Study) -> None:
-    """Render a template's two kinds into report.html, its figures inside, and report.md, with the study file."""
-    render(template, to, {**view, "study_file": shown_file(study)}, figures)
+def page(template: str, to: Path, view: dict[str, Any], study: Study) -> None:
+    """Render a template's two kinds into report.html and report.md, with the study file."""
+    render(template, to, {**view, "study_file": shown_file(study)})
 
 
 def shown_file(study: Study) -> str:
@@ -66,13 +71,18 @@ def shown_file(study: Study) -> str:
     return without_paths("".join(_without_storage(dump_study(study))))
 
 
-def render(template: str, to: Path, view: dict[str, Any], figures: list[Drawn]) -> None:
-    """Render a template's two kinds into report.html, its figures inside, and report.md."""
-    images = {d.name: _data_uri(to / "figures" / f"{d.name}.png") for d in figures}
+def render(template: str, to: Path, view: dict[str, Any]) -> None:
+    """Render a template's two kinds into report.html and report.md.
+
+    Figures of an earlier report here that this one no longer has are removed, so that none is taken for its own.
+    """
     templates = _templates()
-    html = templates.get_template(f"{template}.html").render(**view, images=images)
+    html = templates.get_template(f"{template}.html").render(**view)
     markdown = templates.get_template(f"{template}.md").render(**view)
-    (to / "report.html").write_text(html, encoding="utf-8")
+    for name in _figures_named(to / "report.md") - set(FIGURE.findall(markdown)):
+        for kind in ("png", "csv"):
+            (to / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
+    (to / "report.html").write_text(share_letters(html), encoding="utf-8")
     (to / "report.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
 
 
@@ -94,7 +104,9 @@ def analysis_sections(study: Study, record: StudyRecord, findings: Findings, fig
     return [section for section in sections if section is not None]
 
 
-def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[Drawn]) -> dict[str, Any]:
+def _view(
+    study: Study, record: StudyRecord, findings: Findings, figures: list[Drawn], sections: list[Section]
+) -> dict[str, Any]:
     """What both templates show."""
     pick = findings.result(findings.recommended)
     verdict = ""
@@ -120,7 +132,11 @@ def _view(study: Study, record: StudyRecord, findings: Findings, figures: list[D
         "confirmed": confirmed_table(study, findings),
         "search": search_table(findings),
         "figures": figures,
+        "sections": sections,
+        "trained": any(d.name in ("learning-curves", "memory") for d in figures),
         "measured": measured(study, record, findings),
+        "calibration": calibration_table(record.prepared),
+        "provenance": provenance_facts(study, [record]),
         "chance": chance_line(study, findings),
         "table_note": " ".join(filter(None, (_table_note(study), power_line(study, findings.power)))),
         "limits": _limits(study, record),
@@ -169,8 +185,9 @@ def _without_storage(text: str) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if not line.startswith("storage:")]
 
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _figures_named(markdown: Path) -> set[str]:
+    """The figures that an earlier report shows."""
+    return set(FIGURE.findall(markdown.read_text(encoding="utf-8"))) if markdown.exists() else set()
 
 
 def _templates() -> Environment:
@@ -183,12 +200,24 @@ def _templates() -> Environment:
     )
     environment.filters["md"] = _markdown
     environment.filters["unbroken"] = _unbroken
+    environment.filters["slug"] = _slug
+    environment.filters["quoted"] = _quoted
     return environment
 
 
 def _unbroken(text: str) -> str:
-    """No line ends between a number and its per cent sign."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+    """No line ends between a number and its per cent sign, or within "ε = 0.05"."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+
+
+def _slug(title: str) -> str:
+    """A heading's name in addresses."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _quoted(text: str) -> str:
+    """Text as a data: address takes it."""
+    return quote(text, safe=",:;()/+=")
 
 
 def _markdown(text: str) -> str:

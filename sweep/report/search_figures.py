@@ -11,16 +11,19 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sweep.report.figures import Drawn
+from sweep.report.drawing import Drawn, Numbers
 from sweep.report.results import Findings
 from sweep.report.search import SearchRow, search_trials
 from sweep.report.style import (
+    EMPTY,
+    FAINT,
     SERIES,
     SOFT,
     VERMILION,
+    WHITE,
     grid_of,
     hide_empty,
-    legend_columns,
+    legend_above,
     loss_axis,
     new_figure,
     readable_log,
@@ -30,6 +33,9 @@ from sweep.study.arms import Arm, pattern_text
 from sweep.study.records import COMPLETE, DIVERGED, PRUNED
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
+
+ROOM = 1.2  # inches of the figure for a cell, where "rate 0.009487" fits into it
+ON_LIGHT, ON_DARK = "#111111", "#fefefe"  # ink in cells, whose colours are the same on a dark page
 
 
 def rank_by_ratio(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
@@ -42,10 +48,11 @@ def rank_by_ratio(study: Study, findings: Findings) -> tuple[Figure, Drawn] | No
     figure = new_figure(len(groups) * (0.75 + 0.55 * len(ratios)) + 0.3)
     panels = figure.subplots(len(groups), 1, squeeze=False).ravel()
     norm, cmap = Normalize(min(scores), max(scores)), colormaps["cividis_r"]
+    roomy = figure.get_size_inches()[0] / len(ranks) > ROOM
     for axes, (title, members) in zip(panels, groups.items(), strict=True):
         for row in members:
             x, y = ranks.index(row.arm.r), ratios.index(row.arm.alpha_ratio)
-            _cell(axes, x, y, row, None if row.best_loss is None else cmap(norm(row.best_loss)))
+            _cell(axes, x, y, row, None if row.best_loss is None else cmap(norm(row.best_loss)), roomy)
         axes.set_xlim(-0.5, len(ranks) - 0.5)
         axes.set_ylim(-0.5, len(ratios) - 0.5)
         axes.set_xticks(range(len(ranks)), [f"rank {r}" for r in ranks])
@@ -62,6 +69,14 @@ def rank_by_ratio(study: Study, findings: Findings) -> tuple[Figure, Drawn] | No
         "Best validation loss of each arm at the last rung, with the learning rate that reached it; darker is higher. "
         "These are search scores: they chose the finalists and are not results.",
         f"Heat map of search scores over rank and alpha ratio. Best validation losses: {values}.",
+        Numbers(
+            ("panel", "arm", "rank", "alpha ratio", "best validation loss (nats)", "learning rate"),
+            [
+                (title, row.arm.name, row.arm.r, row.arm.alpha_ratio, row.best_loss, row.best_rate)
+                for title, members in groups.items()
+                for row in members
+            ],
+        ),
     )
 
 
@@ -106,6 +121,22 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
         "where it was pruned and so not comparable, a cross where it diverged; a ring marks a best rate on the edge of "
         "its range.",
         f"Validation loss against learning rate, one panel for each of {', '.join(panels_of)}.{on_edge}",
+        Numbers(
+            ("arm", "learning rate", "state", "last step", "validation loss (nats)", "best rate on the edge"),
+            [
+                (
+                    arm.name,
+                    t.spec.learning_rate,
+                    t.state or "unfinished",
+                    t.step,
+                    None if t.state == DIVERGED or t.last is None else t.last.eval_loss,
+                    "yes" if arm.name in edges else "no",
+                )
+                for here in panels_of.values()
+                for arm in here
+                for t in search_trials(record, arm.name)
+            ],
+        ),
     )
 
 
@@ -121,17 +152,18 @@ def _groups(rows: Sequence[SearchRow]) -> dict[str, list[SearchRow]]:
     return groups
 
 
-def _cell(axes: Axes, x: int, y: int, row: SearchRow, colour: tuple[float, ...] | None) -> None:
+def _cell(axes: Axes, x: int, y: int, row: SearchRow, colour: tuple[float, ...] | None, roomy: bool) -> None:
     if colour is None:
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc="#f4f4f4", ec="#cccccc", hatch="////", lw=0))
-        text = "all pruned" if row.pruned == row.trials else "none finished"
-        box = {"boxstyle": "round,pad=0.25", "fc": "#f4f4f4", "ec": "none"}
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=EMPTY, ec=FAINT, hatch="////", lw=0))
+        text = ("all pruned" if row.pruned == row.trials else "none finished").replace(" ", " " if roomy else "\n")
+        box = {"boxstyle": "round,pad=0.25", "fc": EMPTY, "ec": "none"}
         axes.text(x, y, text, ha="center", va="center", color=SOFT, fontsize=9, bbox=box)
     else:
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=colour, ec="white", lw=2))
-        ink = "black" if np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=colour, ec=WHITE, lw=2))
+        ink = ON_LIGHT if np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5 else ON_DARK
         axes.text(x, y + 0.1, f"{row.best_loss:.3f}", ha="center", va="center", color=ink, fontsize=10.5, weight="bold")
-        axes.text(x, y - 0.24, f"rate {rate(row.best_rate or 0)}", ha="center", va="center", color=ink, fontsize=8.5)
+        text = f"rate {rate(row.best_rate or 0)}" if roomy else f"{row.best_rate or 0:.2g}"
+        axes.text(x, y - 0.24, text, ha="center", va="center", color=ink, fontsize=8.5)
 
 
 def _rates(axes: Axes, trials: Sequence[TrialRecord], colour: str, edge: bool, top: float, aside: float) -> None:
@@ -144,7 +176,7 @@ def _rates(axes: Axes, trials: Sequence[TrialRecord], colour: str, edge: bool, t
     axes.plot([x for x, _ in finished], [y for _, y in finished], color=colour, lw=1.2, alpha=0.6)
     for x, y, state in points:
         full = state == COMPLETE
-        axes.plot([x], [y], "o", color=colour, ms=6, mfc=colour if full else "white", mew=1.3)
+        axes.plot([x], [y], "o", color=colour, ms=6, mfc=colour if full else WHITE, mew=1.3)
     for trial in trials:
         if trial.state == DIVERGED:
             axes.plot([trial.spec.learning_rate * aside], [top], "x", color=colour, ms=7, mew=1.8)
@@ -166,14 +198,7 @@ def _legend(figure: Figure, axes: Axes, lines: Sequence[str]) -> None:
         for i, line in enumerate(lines)
         if line
     ]
-    for marker, fill, label in (("o", "white", PRUNED), ("x", "white", DIVERGED)):
+    for marker, fill, label in (("o", WHITE, PRUNED), ("x", WHITE, DIVERGED)):
         handles += axes.plot([], [], marker, color=SOFT, mfc=fill, mew=1.4, ls="", label=label)
     handles += axes.plot([], [], "o", ms=11, mfc="none", mec=VERMILION, mew=1.4, ls="", label="on the edge")
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=legend_columns([str(handle.get_label()) for handle in handles], 4 if len(handles) > 5 else 5),
-        fontsize=8.5,
-        handlelength=1.6,
-        columnspacing=1.4,
-    )
+    legend_above(figure, handles, 4 if len(handles) > 5 else 5)

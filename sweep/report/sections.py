@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sweep.report.figures import Drawn
+from sweep.report.drawing import Drawn
 from sweep.report.tables import Table
 
 

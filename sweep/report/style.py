@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Okabe & Ito's palette.
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
+    "#e69f00",
+    "#56b4e9",
+    "#009e73",
+    "#0072b2",
+    "#d55e00",
+    "#cc79a7",
 )
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK)
-INK, SOFT, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
-LEGEND_CHARACTERS = 100  # of a legend's text in a row
-WIDTH = 6.2  # inches: text stays readable on a phone and is no larger than the report's on a screen
+INK, SOFT, FAINT, WHITE = "#222222", "#6b6b6b", "#d9d9d9", "#ffffff"
+AXIS, GRID, BAND, EMPTY = "#9a9a9a", "#ececec", "#e4e4e4", "#f4f4f4"
+# The series' colours are too light for text on paper: the same hues, with a contrast of 4.5 and more.
+TEXT = {
+    ORANGE: "#8a5f00",
+    SKY: "#1b6d9c",
+    GREEN: "#00704f",
+    VERMILION: "#b34a00",
+    PURPLE: "#9a3d74",
+}
+# What the page's style sheet knows each colour as; there it has a light and a dark value.
+VARIABLES = {
+    BLACK: "black",
+    ORANGE: "orange",
+    SKY: "sky",
+    GREEN: "green",
+    BLUE: "blue",
+    VERMILION: "vermilion",
+    PURPLE: "purple",
+    INK: "ink",
+    SOFT: "soft",
+    FAINT: "faint",
+    WHITE: "paper",
+    AXIS: "axis",
+    GRID: "grid",
+    BAND: "band",
+    EMPTY: "empty",
+    TEXT[ORANGE]: "orange-text",
+    TEXT[SKY]: "sky-text",
+    TEXT[GREEN]: "green-text",
+    TEXT[VERMILION]: "vermilion-text",
+    TEXT[PURPLE]: "purple-text",
+}
+LEGEND_CHARACTERS = 16.0  # of a legend's text in a row, for each inch of width
+LEGEND_ROW = 0.17  # inches
+WIDE, NARROW = 6.2, 3.7  # inches: text is as large as the page's on a screen, and on a phone
 DPI = 150
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure on every machine
     "font.size": 9.5,
     "text.color": INK,
     "axes.labelcolor": SOFT,
-    "axes.edgecolor": "#9a9a9a",
+    "axes.edgecolor": AXIS,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -43,31 +74,48 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "grid.color": "#ececec",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "legend.frameon": False,
-    "figure.facecolor": "white",
+    "figure.facecolor": WHITE,
+    "figure.figsize": (WIDE, 4.0),
     "figure.constrained_layout.use": True,
+    "svg.fonttype": "path",
     "svg.hashsalt": "sweep",
 }
+NARROW_STYLE = {**STYLE, "figure.figsize": (NARROW, 4.0)}
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    with rc_context(STYLE):
-        return Figure(figsize=(width, height))
+def new_figure(height: float) -> Figure:
+    """A figure of that many inches, as wide as the style in use says."""
+    return Figure(figsize=(rcParams["figure.figsize"][0], height))
+
+
+def is_narrow() -> bool:
+    """Whether the style in use is the one for phones."""
+    return bool(rcParams["figure.figsize"][0] < WIDE)
+
+
+def text_colour(colour: str) -> str:
+    """For words about a series of that colour."""
+    return TEXT.get(colour, colour)
 
 
 def legend_columns(labels: Sequence[str], most: int) -> int:
     """How many entries of a legend above the axes fit beside one another."""
     longest = max((len(label) for label in labels), default=0)
-    return max(1, min(most, len(labels), LEGEND_CHARACTERS // (longest + 5)))  # 5: the handle and the gap
+    fit = int(LEGEND_CHARACTERS * rcParams["figure.figsize"][0]) // (longest + 5)  # 5: the handle and the gap
+    return max(1, min(most, len(labels), fit))
 
 
-def save(figure: Figure, path: Path) -> None:
-    with rc_context(STYLE):
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
+def legend_above(figure: Figure, handles: Sequence[Any], most: int, **how: Any) -> None:
+    """A legend above the axes, with as many entries in a row as fit, and at most `most`; the figure grows by it."""
+    columns = legend_columns([str(handle.get_label()) for handle in handles], most)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(handles) // columns) - 1))
+    how = {"fontsize": 8.5, "handlelength": 1.6, "columnspacing": 1.4, **how}
+    figure.legend(handles=list(handles), loc="outside upper left", ncols=columns, **how)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
@@ -122,8 +170,9 @@ def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
     axes.grid(False, axis="x")
 
 
-def grid_of(n: int, most: int = 3) -> tuple[int, int]:
+def grid_of(n: int) -> tuple[int, int]:
     """(rows, columns) of small multiples."""
+    most = 2 if is_narrow() else 3
     columns = min(n, most if n != 4 else 2)
     return -(-n // columns), columns
 

@@ -1,11 +1,9 @@
-"""The report's tables as rows of text, the same for HTML and Markdown; and trials.csv, in full precision."""
+"""The report's tables as rows of text, the same for HTML and Markdown."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sweep.report.intervals import Interval
@@ -28,40 +26,9 @@ from sweep.report.words import (
     without_paths,
 )
 from sweep.study.arms import pattern_text
-from sweep.study.records import DIVERGED, FAILED
+from sweep.study.records import DIVERGED, FAILED, Prepared
 from sweep.study.schema import Study
-from sweep.tracking.journal import StudyRecord, TrialRecord
-
-TRIAL_COLUMNS = [
-    "number",
-    "phase",
-    "state",
-    "arm",
-    "method",
-    "rank",
-    "alpha_ratio",
-    "lora_alpha",
-    "scaling",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "prefix_length",
-    "learning_rate",
-    "seed",
-    "steps",
-    "train_loss",
-    "eval_loss",
-    "eval_accuracy",
-    "eval_perplexity",
-    "forgetting_loss",
-    "test_loss",
-    "test_accuracy",
-    "test_perplexity",
-    "tokens",
-    "diverged_at",
-    "reason",
-]
-
+from sweep.tracking.journal import StudyRecord
 
 FINALISTS = {
     "rank": "one finalist for each rank",
@@ -75,6 +42,7 @@ class Cell:
     text: str
     below: str = ""  # the interval
     note: str = ""
+    value: float | None = None  # what a column of numbers is sorted by
 
 
 @dataclass(frozen=True)
@@ -132,16 +100,31 @@ def search_table(findings: Findings) -> Table:
     rows = []
     for row in findings.search:
         edge = f"{edges[row.arm.name]} edge" if row.arm.name in edges else ""
-        best = Cell("–" if row.best_rate is None else rate(row.best_rate), edge)
+        best = Cell("–" if row.best_rate is None else rate(row.best_rate), edge, value=row.best_rate)
         counts = (row.complete, row.pruned, row.diverged, *([row.infeasible] if unfit else []), row.failed)
         tried = Cell(", ".join(rate(x) for x in row.rates) or "–")
-        rows.append(
-            Row(
-                (Cell(row.arm.name), tried, best, Cell(number(row.best_loss, 4)), *(Cell(str(n)) for n in counts)),
-                row.arm.name == findings.recommended,
-            )
-        )
+        loss = Cell(number(row.best_loss, 4), value=row.best_loss)
+        cells = (Cell(row.arm.name), tried, best, loss, *(Cell(str(n), value=n) for n in counts))
+        rows.append(Row(cells, row.arm.name == findings.recommended))
     return Table(heads, tuple(rows))
+
+
+def calibration_table(prepared: Prepared | None) -> Table:
+    """What was tried before the search to find precision, attention and pack size; empty where nothing was."""
+    tried = prepared.calibration if prepared is not None else ()
+    rows = []
+    for figure in tried:
+        time, pack = figure.get("ms_per_trial_step"), figure.get("pack_size")
+        cells = (
+            Cell(str(figure["precision"])),
+            Cell(str(figure.get("attention", "–"))),
+            Cell("–" if pack is None else str(pack), value=pack),
+            Cell(number(time, 1), note=without_paths(str(figure.get("failed", ""))), value=time),
+        )
+        assert prepared is not None
+        chosen = (prepared.precision, prepared.attention, prepared.pack_size)
+        rows.append(Row(cells, (figure["precision"], figure.get("attention"), pack) == chosen))
+    return Table(("Precision", "Attention", "Trials in the pack", "Milliseconds a trial and step"), tuple(rows))
 
 
 def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tuple[str, str]]:
@@ -158,7 +141,6 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
         facts += [
             ("Rows", f"{rows}; {plural(prepared.duplicates_removed, 'duplicate')} removed across the splits"),
             *([("Cut short", "; ".join(cut))] if (cut := truncation_lines(prepared, study.task)) else []),
-            ("Fingerprints", f"data {prepared.data_fingerprint}, model {prepared.model_fingerprint}"),
             *([("Base model", _pretraining(prepared.pretraining))] if prepared.pretraining else []),
             ("Parameters", f"{prepared.total_params:,} in the model"),
             ("Device", f"{prepared.device}, {prepared.precision}, {prepared.attention} attention"),
@@ -175,8 +157,6 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
                     f"holds too; {text.fingerprint}",
                 )
             )
-        if prepared.calibration:
-            facts.append(("Calibration", "; ".join(_figures(c) for c in prepared.calibration)))
         if prepared.tokens_per_step:
             many = f"{prepared.tokens_per_step:.0f}"
             facts.append(("Images a step", many) if images else ("Tokens a step", f"{many}, padding not counted"))
@@ -215,17 +195,7 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
             f"reference rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}, both declared before the run",
         ),
     ]
-    if prepared is not None and prepared.versions:
-        facts.append(("Versions", ", ".join(f"{name} {v}" for name, v in sorted(prepared.versions.items()))))
     return facts
-
-
-def write_trials(record: StudyRecord, to: Path) -> None:
-    """One row a trial: complete, pruned, diverged, failed and unfinished ones. Raises OSError where it cannot write."""
-    with open(to, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, TRIAL_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_trial(t) for t in record.trials)
 
 
 def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) -> tuple[Cell, ...]:
@@ -234,17 +204,26 @@ def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) ->
     gone = [(result.diverged_seeds, DIVERGED), (result.failed_seeds, FAILED)]
     about += "".join(f", {len(seeds)} {what}" for seeds, what in gone if seeds)
     to_full, against = (_difference(d, decimals) for d in (result.to_full, result.to_reference))
+    means = [None if d is None else d.mean for d in (result.to_full, result.to_reference)]
     return (
         Cell(arm_title(result.arm, study.list_arms()), about),
-        Cell(number(result.loss_mean, decimals), span(result.loss_low, result.loss_high, decimals)),
-        Cell(metric(name, result.metric_mean), metric_span(name, result.metric_low, result.metric_high)),
+        Cell(
+            number(result.loss_mean, decimals),
+            span(result.loss_low, result.loss_high, decimals),
+            value=result.loss_mean,
+        ),
+        Cell(
+            metric(name, result.metric_mean),
+            metric_span(name, result.metric_low, result.metric_high),
+            value=result.metric_mean,
+        ),
         *([change(result.forgetting, decimals)] if forgets else []),
-        Cell(result.full_verdict or "–", to_full, result.full_note),
-        Cell(result.verdict or "–", against, result.note),
-        Cell(count(result.trainable_params)),
-        Cell(size(cost.peak_memory_bytes if cost else None)),
-        Cell(duration(cost.step_time_s if cost else None)),
-        Cell(size(cost.adapter_bytes if cost else None)),
+        Cell(result.full_verdict or "–", to_full, result.full_note, means[0]),
+        Cell(result.verdict or "–", against, result.note, means[1]),
+        Cell(count(result.trainable_params), value=result.trainable_params),
+        Cell(size(cost.peak_memory_bytes if cost else None), value=cost.peak_memory_bytes if cost else None),
+        Cell(duration(cost.step_time_s if cost else None), value=cost.step_time_s if cost else None),
+        Cell(size(cost.adapter_bytes if cost else None), value=cost.adapter_bytes if cost else None),
     )
 
 
@@ -260,7 +239,7 @@ def change(found: Interval | None, decimals: int) -> Cell:
     """A signed mean over its interval."""
     if found is None:
         return Cell("–")
-    return Cell(signed(found.mean, decimals), span(found.low, found.high, decimals, plus=True))
+    return Cell(signed(found.mean, decimals), span(found.low, found.high, decimals, plus=True), value=found.mean)
 
 
 def _pretraining(made: Mapping[str, Any]) -> str:
@@ -271,46 +250,3 @@ def _pretraining(made: Mapping[str, Any]) -> str:
         f"{made['held_out_rows']:,} held-out rows of these its loss is {made['loss']:.3f} and its accuracy "
         f"{metric('accuracy', made['accuracy'])}. The study has the rows of the other labels."
     )
-
-
-def _figures(values: Mapping[str, object]) -> str:
-    return ", ".join(
-        f"{without_paths(str(key)).replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else without_paths(str(v))}"
-        for key, v in values.items()
-    )
-
-
-def _trial(trial: TrialRecord) -> dict[str, object]:
-    spec, last = trial.spec, trial.last
-    lora, trained = spec.arm.r > 0, trial.train_curve
-    row: dict[str, object] = {
-        "number": spec.number,
-        "phase": spec.phase,
-        "state": trial.state or "unfinished",
-        "arm": spec.arm.name,
-        "method": spec.arm.method,
-        "rank": spec.arm.r if lora else "",
-        "alpha_ratio": spec.arm.alpha_ratio if lora else "",
-        "lora_alpha": spec.arm.lora_alpha if lora else "",
-        "scaling": spec.arm.scaling if lora else "",
-        "target_modules": "+".join(spec.arm.target_modules),
-        "rank_pattern": pattern_text(spec.arm.rank_pattern),
-        "alpha_pattern": pattern_text(spec.arm.alpha_pattern),
-        "prefix_length": spec.arm.prefix_length or "",
-        "learning_rate": spec.learning_rate,
-        "seed": spec.seed,
-        "steps": trial.step,
-        "train_loss": trained[-1][1] if trained else "",
-        "tokens": sum(rung.measurement.tokens for rung in trial.rungs),
-        "reason": without_paths(trial.reason),
-    }
-    if last is not None:
-        found = {
-            "eval_loss": last.eval_loss,
-            "forgetting_loss": last.forgetting_loss,
-            "diverged_at": last.diverged_at,
-            **last.eval_metrics,
-            **last.test_metrics,
-        }
-        row |= {k: v for k, v in found.items() if k in TRIAL_COLUMNS and v is not None}
-    return row

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from sweep.study.arms import Arm, pattern_text
+from sweep.study.credentials import without_credentials
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "–"
@@ -125,8 +126,8 @@ def cost_title(arm: Arm, arms: Sequence[Arm]) -> str:
 
 
 def without_paths(text: str) -> str:
-    """The text with absolute paths of this machine cut to their last part."""
-    return LOCAL_PATH.sub(r"…/\1", text)
+    """The text with absolute paths of this machine cut to their last part, and without anybody's credentials."""
+    return LOCAL_PATH.sub(r"…/\1", without_credentials(text))
 
 
 def _varied(arm: Arm, arms: Sequence[Arm]) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sweep.study.credentials import without_credentials as without_credentials  # who shows a URI needs it
 from sweep.study.home import Home
 
 if TYPE_CHECKING:
@@ -91,9 +91,3 @@ def locked(path: Path) -> Iterator[None]:
 
 def is_database(uri: str) -> bool:
     return uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
-
-
-def without_credentials(text: str) -> str:
-    """`text` with user and password cut out of every URL."""
-    text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)
-    return re.sub(r"([?&](?:user|password)=)[^&\s'\"]*", r"\1…", text)

@@ -85,6 +85,7 @@ class StudyRecord:
     finished_at: float | None = None
     sessions: tuple[tuple[float, float], ...] = ()  # (start, last event) of each run of the command
     forecast: StudyForecast | None = None  # from before the first trial
+    provenance: tuple[dict[str, Any], ...] = ()  # what each of them told: see `sweep.driver.provenance`
 
 
 def append(path: Path, event: str, **values: Any) -> None:
@@ -154,11 +155,13 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
     warnings: list[str] = []
     finished_at: float | None = None
     sessions: list[tuple[float, float]] = []
+    provenance: list[dict[str, Any]] = []
     events = read_events(folder.journal)
     for event in events:
         kind = event["event"]
         if kind == "started":
             sessions.append((event["time"], event["time"]))
+            provenance.append({name: value for name, value in event.items() if name not in ("event", "time")})
         elif kind == "prepared":
             prepared = prepared_from_json(event["prepared"])
         elif kind == "forecast":
@@ -188,6 +191,7 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
         finished_at,
         _with_trials(sessions, told),
         forecast,
+        tuple(provenance),
     )
 
 
