@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -139,14 +140,27 @@ def test_doctor_shows_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "://127.0.0.1" in checks["tracking"].found
 
 
+@pytest.mark.parametrize("words", [["--dry-run", "--price-per-hour", "0"], ["--price-per-hour", "2"]])
+def test_a_price_is_positive_and_of_a_dry_run(tmp_path: Path, words: list[str]) -> None:
+    done = sweep("run", str(QUICKSTART), *words, "--home", "home", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("--price-per-hour: ")
+    assert not (tmp_path / "home").exists()
+
+
 @pytest.mark.slow
 def test_a_dry_run_shows_every_arm_and_leaves_no_study(tmp_path: Path) -> None:
-    done = sweep("run", str(QUICKSTART), "--dry-run", "--home", "home", cwd=tmp_path)
+    small = ["--set", "data.max_length=8", "--set", "train.batch_size=2"]
+    done = sweep("run", str(QUICKSTART), *small, "--dry-run", "--price-per-hour", "36", "--home", "home", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for arm in quickstart().list_arms():
         assert any(line.split()[:1] == [arm.name] for line in done.stdout.splitlines())
     assert "9 arms, 27 search trials" in done.stdout
-    assert "from one timed forward pass: on a busy machine they are off" in " ".join(done.stdout.split())
+    below = " ".join(done.stdout.split())
+    assert "probed alone for a few steps: r2-lora-query+value, r64-lora-query+value, full" in below
+    assert re.search(
+        r"the whole study in packs, as it will run: at most ([\d.]+) hours \(.*?\), [\d.]+ at 36 an hour", below
+    )
     assert not (tmp_path / "home" / "studies").exists()
     assert not (tmp_path / "home" / "mlflow.db").exists()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +22,9 @@ from optuna.trial import TrialState
 from sweep.execution.worker import Work
 from sweep.report.report import write_report
 from sweep.study.home import Home
-from sweep.study.records import FAILED, INFEASIBLE, Measurement, Unit
+from sweep.study.records import COMPLETE, FAILED, INFEASIBLE, Measurement, Unit
 from sweep.study.schema import Study
+from sweep.tracking.journal import read_study_record
 
 Train = Callable[[Unit], tuple[Measurement, ...]]
 OUT = [
@@ -134,6 +138,56 @@ def test_the_order_of_trials_does_not_depend_on_interruptions(tmp_path: Path, ki
     assert records_of(broken, study).forecast == records_of(whole, study).forecast
 
 
+STUDY_WITHOUT_MEMORY = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+import fakes
+from driving import run
+from sweep.execution.worker import Work
+from sweep.study.file import read_study
+from sweep.study.home import Home
+from sweep.training import prepare
+from sweep.training.memory import status_bytes
+from sweep.training.rung import train_rung
+
+def train(unit):
+    if unit.trials[0].arm.is_full:  # MiniLM's weights, gradients and moments take 360 MB
+        resource.setrlimit(resource.RLIMIT_AS, (status_bytes("VmSize") + 100 * 2**20, resource.RLIM_INFINITY))
+    return train_rung(unit)
+
+prepare.calibrate = lambda setup, prepared, arms: replace(prepared, pack_size=1)
+changes = ["name=small", "data.max_length=8", "train.batch_size=2", "train.steps=2", "search.rungs=[2]"]
+changes += ["arms.rank=[2]", "arms.alpha_ratio=[1]", "confirm.reference=2", "confirm.seeds=[1]"]
+study = read_study(Path("studies/quickstart.yaml"), changes).study
+run(Home(Path(sys.argv[1])), study, replace(Work(), train_rung=train, probe=fakes.probe, forecast=fakes.forecast))
+"""
+
+
+@pytest.mark.slow
+def test_a_real_model_without_memory_ends_as_infeasible(home: Home) -> None:
+    """Full fine-tuning under a limit of the address space, in a process of its own."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", STUDY_WITHOUT_MEMORY, str(home.root)],
+        cwd=tests.parent,
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    record = read_study_record(home.study("small"))
+    ends = {(t.spec.arm.name, t.spec.phase): t.state for t in record.trials}
+    assert ends == {
+        ("r2-ratio1", "search"): COMPLETE,
+        ("full", "search"): INFEASIBLE,
+        ("r2-ratio1", "confirm"): COMPLETE,
+    }
+    reasons = {t.reason for t in record.trials if t.spec.arm.is_full}
+    assert len(reasons) == 2 and any("allocate memory" in reason for reason in reasons)
+
+
 def test_optuna_holds_it_as_infeasible(home: Home) -> None:
     study = make_study()
     run(home, study, fake_work(without_room_for(0)))
@@ -158,15 +212,28 @@ def test_a_probe_without_memory_says_that_the_arm_does_not_fit(home: Home) -> No
     assert "the cost of full" in warning and "does not fit on this device" in warning and "no room" in warning
 
 
+def killed(*args: Any) -> Any:
+    with ProcessPoolExecutor(1) as one:
+        return one.submit(os._exit, 9).result()
+
+
+def test_what_may_not_fit_is_probed_before_it_can_end_the_driver(home: Home) -> None:
+    study, seen = make_study(), []
+
+    def kill_large(setup: Any, prepared: Any, arm: Any) -> Any:
+        return killed() if arm.is_full else probe(setup, prepared, arm)
+
+    run(home, study, replace(limited(without_room_for(-1, seen=seen), limit=8), probe=kill_large))
+    assert ["full"] not in seen
+    reasons = ended(home, study)
+    assert len(reasons) == 3
+    assert "killed, perhaps for want of memory" in reasons[min(reasons)]
+    assert records_of(home, study).finished_at
+
+
 def test_a_probe_whose_process_was_killed_may_have_wanted_memory(home: Home) -> None:
-    from concurrent.futures import ProcessPoolExecutor
-
-    def without(setup: Any, prepared: Any, arm: Any) -> Any:
-        with ProcessPoolExecutor(1) as one:
-            return one.submit(os._exit, 9).result()
-
     study = make_study(arms={"rank": [8], "alpha_ratio": [1.0], "full_finetuning": False})
-    run(home, study, replace(fake_work(), probe=without))
+    run(home, study, replace(fake_work(), probe=killed))
     (warning,) = records_of(home, study).warnings
     assert "BrokenProcessPool" in warning and "perhaps for want of memory" in warning
 
@@ -185,14 +252,14 @@ def test_a_forecast_that_fails_stops_no_study(home: Home) -> None:
 def test_a_study_that_was_begun_without_a_forecast_gets_none_later(home: Home) -> None:
     study = make_study()
 
-    def killed(unit: Unit) -> tuple[Measurement, ...]:
+    def die(unit: Unit) -> tuple[Measurement, ...]:
         raise Killed
 
     def fail(*args: Any) -> Any:
         raise RuntimeError("not now")
 
     with pytest.raises(Killed):
-        run(home, study, replace(fake_work(killed), forecast=fail))
+        run(home, study, replace(fake_work(die), forecast=fail))
     run(home, study)
     assert records_of(home, study).forecast is None
 
@@ -206,7 +273,7 @@ def test_a_disturbed_calibration_is_told(home: Home) -> None:
     study = make_study()
     heard = run(home, study, replace(fake_work(), prepare=disturbed))
     (warning,) = records_of(home, study).warnings
-    assert warning.startswith("calibration was disturbed: float32 sdpa ×4 took 40.0 and 90.0 ms")
+    assert warning.startswith("calibration was disturbed: float32 sdpa ×4 took 40 and 90 ms")
     assert any(progress.message == warning for progress in heard)
 
 

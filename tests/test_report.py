@@ -109,7 +109,7 @@ def test_same_records_give_the_same_bytes(made: tuple[StudyRecord, Path], tmp_pa
 def test_markdown_tables_are_sound(made: tuple[StudyRecord, Path]) -> None:
     text = (made[1] / "report.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    assert len(tables) == 4  # confirmed, costs, times, search
+    assert len(tables) == 5  # confirmed, costs, times, search, calibration
     for table in tables:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1

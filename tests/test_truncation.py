@@ -12,7 +12,7 @@ from sweep import console
 from sweep.report.statistics import find
 from sweep.report.tables import measured
 from sweep.report.truncation import truncation_lines, truncation_warnings
-from sweep.study.records import Prepared, Truncation, prepared_from_json, to_json
+from sweep.study.records import Forecast, Prepared, StudyForecast, Truncation, prepared_from_json, to_json
 
 NOTHING = Truncation(rows=80, whole=4000)
 
@@ -63,10 +63,12 @@ def test_it_stands_among_the_reports_facts_and_warnings_and_in_the_dry_run(tmp_p
     record = write_study(tmp_path / "again", study)
     record = replace(record, prepared=replace(prepared, truncation={"train": Truncation(200, 150, 9000, 4500)}))
     findings = find(study, record)
+    forecasts = tuple(Forecast(key, 1, 1, 0.1, True, True) for key in {arm.cost_key for arm in study.list_arms()})
+    costs = StudyForecast(forecasts, 1, 0.0, 0.0, packed_s=0.0, alone_s=0.0)
     line = "train: 150 of 200 rows cut at data.max_length (75 %), 50 % of all characters lost"
     assert dict(measured(study, record, findings))["Cut short"] == line
     assert any("beginnings of these texts" in warning for warning in findings.warnings)
-    assert record.prepared is not None and line in console.plan(study, record.prepared, [])[0]
+    assert record.prepared is not None and line in console.plan(study, record.prepared, costs, None)[0]
 
 
 def test_journal_keeps_it_and_older_journals_have_none(prepared: Prepared) -> None:

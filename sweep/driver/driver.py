@@ -166,7 +166,7 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
                 ready = [member for member in ready if member not in turn]
             if not packs:
                 break
-            pack, spared = _spare_unfit(session, packs.popleft())
+            pack, spared = _spare_unfit(session, prepared, packs.popleft())
             for slot in spared:
                 ready += _leave_rung(session, slot, group_of[slot.index])
             if not pack.slots:
@@ -227,16 +227,36 @@ def _submit(session: Session, prepared: Prepared, pack: Pack) -> Future[Any]:
     )
 
 
-def _spare_unfit(session: Session, pack: Pack) -> tuple[Pack, list[Slot]]:
-    """End those of the pack whose like was found not to fit, without running them. Returns the rest, and them."""
+def _spare_unfit(session: Session, prepared: Prepared, pack: Pack) -> tuple[Pack, list[Slot]]:
+    """End those of the pack that are known not to fit, without training them. Returns the rest, and them."""
     spared = []
     for slot in pack.slots:
-        found_by = session.unfit_by(slot.arm.cost_key)
-        if found_by is not None:
+        reason = _no_room(session, prepared, slot)
+        if reason is not None:
             ask(session, slot)
-            end(session, slot.name, INFEASIBLE, f"does not fit on this device, as trial {found_by} found; not run")
+            end(session, slot.name, INFEASIBLE, reason)
             spared.append(slot)
     return replace(pack, slots=tuple(slot for slot in pack.slots if slot not in spared)), spared
+
+
+def _no_room(session: Session, prepared: Prepared, slot: Slot) -> str | None:
+    """Why a trial is known not to fit: another of its cost did not, or a solo probe of it does not.
+
+    What is forecast not to fit is probed first where memory is the machine's own: there the kernel ends the process
+    that takes too much, and that must not be this one.
+    """
+    key = slot.arm.cost_key
+    found_by = session.unfit_by(key)
+    if found_by is not None:
+        return f"does not fit on this device, as trial {found_by} found; not run"
+    if not slot.doubtful or key in session.ran or not prepared.device.startswith("cpu"):
+        return None
+    session.say(f"{key} is not expected to fit and is probed in a process of its own")
+    error = session.executor.submit(session.work.probe, session.setup, prepared, slot.arm).exception()
+    heed()
+    if error is None or not (is_out_of_memory(error) or was_killed(error)):
+        return None
+    return f"does not fit on this device ({_why_not(error)})"
 
 
 def _leave_rung(session: Session, slot: Slot, group: Group) -> list[Ready]:
@@ -291,7 +311,8 @@ def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -
             raise
         except Exception as error:
             heed()
-            warn(session, f"the cost of {key} could not be measured: {_why_not(error)}")
+            why = "it does not fit on this device: " if is_out_of_memory(error) else ""
+            warn(session, f"the cost of {key} could not be measured: {why}{_why_not(error)}")
             continue
         append(session.folder.journal, "cost", cost=to_json(cost))
 
@@ -309,6 +330,4 @@ def _trials(pack: Pack) -> str:
 
 
 def _why_not(error: BaseException) -> str:
-    if is_out_of_memory(error):
-        return f"it does not fit on this device in a process of its own ({in_one_line(error)})"
-    return in_one_line(error) + (" (its process was killed, perhaps for want of memory)" if was_killed(error) else "")
+    return in_one_line(error) + ("; its process was killed, perhaps for want of memory" if was_killed(error) else "")

@@ -79,7 +79,8 @@ def calibration_lines(prepared: Prepared) -> list[str]:
 def disturbance(prepared: Prepared) -> list[str]:
     """A warning where something else kept the machine busy during the calibration, so that it may have chosen badly."""
     apart = [
-        f"{f['precision']} {f['attention']} ×{f['pack_size']} took {f['ms_per_trial_step']} and {f['slowest_ms']}"
+        f"{f['precision']} {f['attention']} ×{f['pack_size']} took {f['ms_per_trial_step']:.0f} "
+        f"and {f['slowest_ms']:.0f}"
         for f in prepared.calibration
         if "slowest_ms" in f
     ]

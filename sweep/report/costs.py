@@ -16,6 +16,7 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
 KINDS = ("weights", "gradients", "optimizer", "activations")
+UNEVEN = 1.5  # the median step over the shortest, above which a step time says little
 COLUMNS = ("Weights", "Gradients", "Optimizer state", "Activations and workspace")
 
 
@@ -41,6 +42,10 @@ class Priced:
             return None
         return self.forecast.step_time_s / self.cost.step_time_s - 1
 
+    @property
+    def uneven(self) -> bool:
+        return self.cost is not None and self.cost.step_time_s > UNEVEN * min(self.cost.step_times_s)
+
 
 def costs_section(study: Study, record: StudyRecord) -> Section | None:
     """None where nothing has run and nothing was forecast."""
@@ -48,7 +53,13 @@ def costs_section(study: Study, record: StudyRecord) -> Section | None:
     times = times_table(study, record)
     if not times.rows and not any(row.cost or row.forecast or not row.fits for row in rows):
         return None
-    told = [forecast_sentence(rows), whole_sentence(record), packing_sentence(record)]
+    uneven = [row.title for row in rows if row.uneven]
+    told = [forecast_sentence(rows), whole_sentence(record), packing_sentence(record, sure=not uneven)]
+    if uneven:
+        told.append(
+            f"The probe steps of {join(uneven)} differed much (median over {UNEVEN} times the shortest): batches of "
+            "different lengths, or other work on the machine. Their times, and sums made of them, say little."
+        )
     tables = [("Each arm alone, by solo probes after the last trial", _table(study, rows))]
     if times.rows:
         tables.append(("Times, each under its own name", times))
@@ -79,7 +90,7 @@ def forecast_sentence(rows: Sequence[Priced]) -> str:
     probed = [row.title for row in rows if row.forecast and row.forecast.probed]
     how = f"{join(probed)} from a few probe steps" if probed else "no arm from probe steps"
     opening = f"Before the first trial each arm's cost was forecast: {how}, any others scaled."
-    memory = _errors("Peak memory", [(row.title, row.memory_error) for row in rows])
+    memory = _errors("peak memory", [(row.title, row.memory_error) for row in rows])
     time = _errors("step time", [(row.title, row.time_error) for row in rows])
     if not memory or not time:
         return f"{opening} How good that was is not known yet: nothing has been measured."
@@ -100,16 +111,19 @@ def whole_sentence(record: StudyRecord) -> str:
     )
 
 
-def packing_sentence(record: StudyRecord) -> str:
-    """What packing saved, on like terms: training steps alone; empty where either side is not known."""
+def packing_sentence(record: StudyRecord, sure: bool) -> str:
+    """What packing saved, on like terms: training steps alone; empty where either side is not known.
+
+    sure: the solo times are even enough to claim a ratio.
+    """
     packed, alone = _packed_training(record), _one_by_one(record)
     if not packed or not alone:
         return ""
-    factor = f"{alone / packed:.2g} times as long"
+    factor = f", {alone / packed:.2g} times as long" if sure else ""
     return (
         f"The training steps that ran took {duration(packed)} in packs and would have taken {duration(alone)} one by "
-        f"one, {factor}, evaluation left out of both. The packs were timed during the study and the solo probes after "
-        "it, so what else the machine did moves this ratio."
+        f"one{factor}; evaluation is left out of both. The packs were timed during the study and the solo probes after "
+        "it, so what else the machine did moves the two apart."
     )
 
 
