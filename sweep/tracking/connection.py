@@ -94,6 +94,9 @@ def is_database(uri: str) -> bool:
 
 
 def without_credentials(text: str) -> str:
-    """`text` with user and password cut out of every URL."""
+    """`text` with user and password cut out of every URL, secrets out of their queries, and the hub's tokens."""
     text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)
-    return re.sub(r"([?&](?:user|password)=)[^&\s'\"]*", r"\1…", text)
+    text = re.sub(
+        r"([?&][\w-]*(?:user|pass|token|secret|key|signature|credential)[\w-]*=)[^&\s'\"]*", r"\1…", text, flags=re.I
+    )
+    return re.sub(r"\bhf_\w{16,}", "hf_…", text)
