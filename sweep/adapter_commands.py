@@ -24,6 +24,43 @@ WORST = 5  # layers named of those that lose the most
 
 
 @commands.command()
+def export(
+    study: StudyName,
+    to: Target,
+    arm: Annotated[str | None, typer.Option(help="An arm's name. Default: the arm that the report recommends.")] = None,
+    trial: Annotated[int | None, typer.Option(help="A trial's number, in place of an arm.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a plain transformers model, the adapter merged in.")
+    ] = False,
+    register: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Put the adapter into MLflow's registry too, and load it back from there."),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Write an adapter that PEFT loads, checked in a fresh process before this says done."""
+    from sweep.tracking.models import name_problem
+
+    if arm is not None and trial is not None:
+        raise Refused("--arm and --trial: name one of them")
+    if register is not None and merge:
+        raise Refused("--register: the registry takes the adapter; leave out --merge")
+    problem = name_problem(register) if register is not None else None
+    if problem:
+        raise Refused(f"--register: {register!r} {problem}")
+    place = find_home(home)
+    asked, record = ran(study, place)
+    from sweep import publishing
+
+    chosen, exported = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache)
+    print(f"{'model' if merge else 'adapter'}: {to} ({chosen.spec.arm.name}, trial {chosen.spec.number})", flush=True)
+    if chosen.spec.phase != "confirm":
+        print("note: this trial is not confirmed on fresh seeds; a search score chose it")
+    if register is not None:
+        print(publishing.register_exported(asked, record, chosen, exported, register, place))
+
+
+@commands.command()
 def adapters(
     folders: AdapterNames,
     base: Annotated[

@@ -173,40 +173,6 @@ def dashboard(
     serve(place, name, port)
 
 
-@app.command()
-def export(
-    study: StudyName,
-    to: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter is written.")],
-    arm: Annotated[str | None, typer.Option(help="An arm's name. Default: the arm that the report recommends.")] = None,
-    trial: Annotated[int | None, typer.Option(help="A trial's number, in place of an arm.")] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Write a plain transformers model, the adapter merged in.")
-    ] = False,
-    register: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Put the adapter into MLflow's registry too, and load it back from there."),
-    ] = None,
-    home: HomeOption = None,
-) -> None:
-    """Write an adapter that PEFT loads, checked in a fresh process before this says done."""
-    if arm is not None and trial is not None:
-        raise Refused("--arm and --trial: name one of them")
-    if register is not None and merge:
-        raise Refused("--register: the registry takes the adapter; leave out --merge")
-    place = find_home(home)
-    asked, record = ran(study, place)
-    from sweep import publishing
-
-    if register is not None:
-        publishing.check_name(register)
-    chosen, exported = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache)
-    _say(f"{'model' if merge else 'adapter'}: {to} ({chosen.spec.arm.name}, trial {chosen.spec.number})")
-    if chosen.spec.phase != "confirm":
-        _say("note: this trial is not confirmed on fresh seeds; a search score chose it")
-    if register is not None:
-        _say(publishing.register_exported(asked, record, chosen, exported, register, place))
-
-
 @app.command("rank-use")
 def rank_use(study: StudyName, home: HomeOption = None) -> None:
     """Look at how much of their rank the confirmed arms used. `sweep report` then shows it with figures."""

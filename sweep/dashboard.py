@@ -17,6 +17,7 @@ from sweep.tracking.mlflow import (
     dashboard_command,
     dashboard_environment,
     find_tracking,
+    is_tracked,
 )
 
 SECONDS_TO_START = 90.0
@@ -25,6 +26,9 @@ SECONDS_TO_STOP = 10.0
 
 def serve(home: Home, study: str | None, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM; where tracking goes to a server, only say where that is."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background starts commands that ignore it
+    if study is not None and not is_tracked(home, study):
+        print(f"study {study} is not in MLflow yet: `sweep run` puts it there; this shows what is", flush=True)
     if find_tracking(home).uri.startswith(("http://", "https://")):
         print(f"tracking goes to a server with a UI of its own: {dashboard_address(home, port, study)}")
         return

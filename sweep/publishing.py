@@ -22,7 +22,7 @@ from sweep.study.schema import Study
 from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 from sweep.tracking.mlflow import Projector, find_tracking, register, set_alias
-from sweep.tracking.models import alias_of, name_problem
+from sweep.tracking.models import alias_of
 
 SECONDS_TO_TRACK = 120.0
 
@@ -94,13 +94,6 @@ def export_chosen(
     except ExportError as error:
         raise Refused(str(error), code=FAILED) from None
     return chosen, exported
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that MLflow's registry takes no model under."""
-    problem = name_problem(name)
-    if problem:
-        raise Refused(f"--register: {name!r} {problem}")
 
 
 def register_exported(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import journals
 import mlflow
 import pytest
-from servers import free_port, running
+from servers import free_port
+from tracked import home as home
+from tracked import new_database as new_database
+from tracked import server as server
 from tracked import view
 
 from sweep.study.home import Home, StudyFolder
@@ -36,27 +37,6 @@ FILES = {
     "adapter/sweep.json",
 }
 COSTS = {"trainable_params", "total_params", "peak_memory_bytes", "step_time_s", "tokens_per_second", "adapter_bytes"}
-
-
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture
-def home(tmp_path: Path, new_database: Path) -> Home:
-    """A home whose MLflow database is a copy of a new one: to make one takes seconds."""
-    home = Home(tmp_path / "home")
-    home.root.mkdir()
-    (home.root / "mlflow.db").write_bytes(new_database.read_bytes())
-    return home
-
-
-@pytest.fixture(scope="module")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = Home(tmp_path_factory.mktemp("new"))
-    dashboard_command(home, 5000)  # makes the database where there is none
-    return home.root / "mlflow.db"
 
 
 @pytest.fixture
@@ -165,6 +145,10 @@ def test_a_run_made_by_hand_under_the_parent_is_let_be(home: Home, study: Study)
         ("log_batch", 4, True),
         ("set_terminated", 4, False),
         ("log_artifacts", 1, True),
+        ("create_logged_model", 1, True),
+        ("log_model_artifacts", 1, False),
+        ("log_outputs", 1, True),
+        ("finalize_logged_model", 1, False),
     ],
 )
 def test_a_crash_on_the_way_is_made_good(
@@ -270,13 +254,6 @@ def test_trials_that_a_killed_driver_left_running_are_ended(home: Home, study: S
     assert held.children[lost.number].data.tags["sweep.reason"] == "the study ended without it"
 
 
-def test_no_password_reaches_mlflow(home: Home, study: Study, tmp_path: Path) -> None:
-    project(study, journals.whole_study(home, study), find_tracking(home), **journals.write_results(tmp_path))
-    assert b"hunter2" not in (home.root / "mlflow.db").read_bytes()
-    for path in home.mlflow_artifacts.rglob("*"):
-        assert path.is_dir() or b"hunter2" not in path.read_bytes()
-
-
 def test_the_thread_projects_while_the_study_runs_and_at_its_end(
     home: Home, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,16 +315,3 @@ def test_a_tracking_server_is_honoured(server: str, home: Home, study: Study, tm
     assert before.files == FILES
     project(study, folder, tracking, **results)
     assert view(tracking, study).everything() == before.everything()
-
-
-@pytest.fixture
-def server(tmp_path: Path, new_database: Path, monkeypatch: pytest.MonkeyPatch, no_server: None) -> Iterator[str]:
-    port = free_port()
-    (tmp_path / "server.db").write_bytes(new_database.read_bytes())
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
-    command += ["--artifacts-destination", str(tmp_path / "server-artifacts")]
-    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with running(command, env, f"http://127.0.0.1:{port}/health", tmp_path / "server.log"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"

@@ -1,16 +1,56 @@
-"""What MLflow holds of a study, read back through MLflow's own client."""
+"""Homes and servers that MLflow tracks in, and what it holds of a study, read back through its own client."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlflow
+import pytest
 from mlflow.entities import LoggedModel, Run
+from servers import free_port, running
 
+from sweep.study.home import Home
 from sweep.study.schema import Study
 from sweep.tracking.connection import Tracking
+from sweep.tracking.mlflow import dashboard_command
+
+
+@pytest.fixture(scope="module")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        home = Home(tmp_path_factory.mktemp("new"))
+        dashboard_command(home, 5000)  # makes the database where there is none
+    return home.root / "mlflow.db"
+
+
+@pytest.fixture
+def home(tmp_path: Path, new_database: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home whose MLflow database is a copy of a new one: to make one takes seconds."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home = Home(tmp_path / "home")
+    home.root.mkdir()
+    (home.root / "mlflow.db").write_bytes(new_database.read_bytes())
+    return home
+
+
+@pytest.fixture
+def server(tmp_path: Path, home: Home, new_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An MLflow server that tracking goes to."""
+    port = free_port()
+    (tmp_path / "server.db").write_bytes(new_database.read_bytes())
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    command += ["--artifacts-destination", str(tmp_path / "server-artifacts")]
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running(command, env, f"http://127.0.0.1:{port}/health", tmp_path / "server.log"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
 
 
 @dataclass(frozen=True)

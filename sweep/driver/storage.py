@@ -103,6 +103,7 @@ def open_ledger(study: Study, storage: BaseStorage, fresh: bool) -> Ledger:
     if theirs != ours:
         found.set_user_attr(HASH, ours)
         found.set_user_attr("question", study.question)
+        found.set_metric_names(["eval_loss"])  # dashboards name the values by it
     return Ledger(found, storage, study_id, _distributions(study), count(trials))
 
 

@@ -8,8 +8,9 @@ IN_ADDRESS = re.compile(r"(\w://)[^/\s'\"]*@")
 IN_QUERY = re.compile(
     r"([?&][\w.-]*(?:user|pass|token|key|secret|sig|credential|auth)[\w.-]*=)[^&\s'\"]*", re.IGNORECASE
 )
+HUB_TOKEN = re.compile(r"\bhf_\w{16,}")
 
 
 def without_credentials(text: str) -> str:
-    """`text` with user and password cut out of every URL, and the values of keys and tokens out of its query."""
-    return IN_QUERY.sub(r"\1…", IN_ADDRESS.sub(r"\1", text))
+    """`text` with user and password cut out of every URL, keys and tokens out of its query, and the hub's tokens."""
+    return HUB_TOKEN.sub("hf_…", IN_QUERY.sub(r"\1…", IN_ADDRESS.sub(r"\1", text)))

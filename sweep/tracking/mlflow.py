@@ -27,6 +27,7 @@ __all__ = [
     "dashboard_command",
     "dashboard_environment",
     "find_tracking",
+    "is_tracked",
     "project",
     "register",
     "set_alias",
@@ -143,6 +144,11 @@ def dashboard_environment(home: Home) -> dict[str, str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # we run no jobs, and they take 1.5 GB
     }
     return {**os.environ, **ours}
+
+
+def is_tracked(home: Home, study: str) -> bool:
+    """Whether MLflow holds anything of the study."""
+    return connect(find_tracking(home)).get_experiment_by_name(study) is not None
 
 
 def dashboard_address(home: Home, port: int, study: str | None = None) -> str:

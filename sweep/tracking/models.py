@@ -88,8 +88,10 @@ def name_problem(name: str) -> str | None:
 
 
 def alias_of(arm: str) -> str:
-    """An arm's name as an alias: letters, digits, dashes and underscores."""
-    return re.sub(r"[^A-Za-z0-9_]+", "-", arm).strip("-")[:250]
+    """An arm's name as an alias: letters, digits, dashes and underscores; with a hash where more than dots must go."""
+    dotless = arm.replace(".", "_")
+    alias = re.sub(r"[^A-Za-z0-9_-]+", "-", dotless)[:200]
+    return alias if alias == dotless else f"{alias.strip('-')}-{hashlib.sha256(arm.encode()).hexdigest()[:6]}"
 
 
 def adapter_sha(adapter: Path) -> str:

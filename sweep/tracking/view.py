@@ -169,7 +169,9 @@ def _describe_parent(view: View, study: Study, record: StudyRecord) -> None:
         tags |= {"sweep.device": record.prepared.device, "sweep.precision": record.prepared.precision}
     changed = {key: value for key, value in tags.items() if view.tags.get(key) != value}
     if missing:
-        view.client.log_text(view.parent_id, without_credentials(dump_study(study)), "study.yaml")
+        # Where Optuna's storage lies is no part of the question, and its URL may hold a password.
+        asked = dump_study(study.model_copy(update={"storage": None}))
+        view.client.log_text(view.parent_id, without_credentials(asked), "study.yaml")
     if missing or changed:
         view.client.log_batch(view.parent_id, params=missing, tags=[RunTag(k, v) for k, v in changed.items()])
         view.params |= {param.key for param in missing}
