@@ -148,13 +148,14 @@ def plan(
     study: Study, prepared: Prepared, forecast: StudyForecast, an_hour: float | None
 ) -> tuple[list[str], Table, list[str]]:
     """What a dry run shows: (lines, a table with a row an arm, lines below it). an_hour: what an hour costs."""
+    from sweep.driver.plan import count_finalists
     from sweep.driver.pricing import price_arms, shortage
     from sweep.report import words
     from sweep.report.truncation import truncation_lines
 
     arms = study.list_arms()
     rates = {arm.name: rate_values(study.rates(arm)) for arm in arms}
-    finalists = len(arms) if study.confirm.finalists == "arm" else len({arm.group for arm in arms})
+    finalists = count_finalists(study)
     searches = sum(len(values) for values in rates.values())
     confirms = finalists * len(study.confirm.seeds)
     lines = [
