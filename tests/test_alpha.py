@@ -14,6 +14,7 @@ from scipy import stats
 from synthetic import quickstart, write_study
 
 from sweep.driver.plan import confirm_slots, count_finalists, pick_finalists, search_slots
+from sweep.driver.pricing import confirm_work
 from sweep.report.alpha import alpha_fits, best_exponent, best_rate
 from sweep.report.report import write_report
 from sweep.report.statistics import confirm_trials, find
@@ -74,6 +75,7 @@ def test_every_arm_is_confirmed_at_every_rate_and_the_search_says_which_of_them_
         best = 1e-4 if arm.is_full else 1e-2
         assert {t.spec.learning_rate for t in confirm_trials(record, arm)} == {best}
     assert find(study, record).planned == len(record.trials)
+    assert [confirm_work(study, arm).steps for arm in arms] == [3 * 3 * study.train.steps] * len(arms)
 
 
 def test_a_study_at_every_rate_is_taken_up_where_it_stopped(tmp_path: Path) -> None:

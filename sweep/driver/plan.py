@@ -110,9 +110,12 @@ def pick_finalists(
 
 def count_finalists(study: Study) -> int:
     """How many finalists there are at most, before the search has chosen them."""
-    if study.confirm.finalists == "rate":
-        return sum(len(rate_values(study.rates(arm))) for arm in study.list_arms())
-    return len(finalist_groups(study))
+    return sum(rates_confirmed(study, arms[0]) for arms in finalist_groups(study).values())
+
+
+def rates_confirmed(study: Study, arm: Arm) -> int:
+    """With how many learning rates an arm goes to the confirm phase, should it be a finalist."""
+    return len(rate_values(study.rates(arm))) if study.confirm.finalists == "rate" else 1
 
 
 def rate_bounds(study: Study) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from sweep.driver.plan import finalist_groups
+from sweep.driver.plan import finalist_groups, rates_confirmed
 from sweep.driver.pruning import kept, steps_left
 from sweep.report.words import duration, size
 from sweep.study.arms import Arm
@@ -42,10 +42,10 @@ def search_work(study: Study, trials: int) -> Effort:
     return Effort(steps_left(trials, trials, rungs[0], rungs, keep), validations)
 
 
-def confirm_work(study: Study) -> Effort:
-    """Of one finalist on all seeds."""
-    seeds = len(study.confirm.seeds)
-    return Effort(seeds * study.train.steps, seeds * len(study.rungs))
+def confirm_work(study: Study, arm: Arm) -> Effort:
+    """Of a finalist on all seeds, at each rate that is confirmed."""
+    trials = len(study.confirm.seeds) * rates_confirmed(study, arm)
+    return Effort(trials * study.train.steps, trials * len(study.rungs))
 
 
 def price_arms(study: Study, forecast: StudyForecast) -> list[ArmPrice]:
@@ -58,7 +58,8 @@ def price_arms(study: Study, forecast: StudyForecast) -> list[ArmPrice]:
         n, own = groups[arm.group], len(rate_values(study.rates(arm)))
         step = found.step_time_s
         searched = search_work(study, n).steps * own / n
-        seconds = [None if step is None else step * s for s in (study.train.steps, searched, confirm_work(study).steps)]
+        confirmed = confirm_work(study, arm).steps
+        seconds = [None if step is None else step * s for s in (study.train.steps, searched, confirmed)]
         prices.append(ArmPrice(arm, found, *seconds))
     return prices
 
@@ -84,14 +85,14 @@ def priced(study: Study, prepared: Prepared, forecast: StudyForecast) -> StudyFo
         alone += work.steps * mean
         both = work.validations * forecast.validation_s
         packed, alone = packed + both, alone + both
-    work = confirm_work(study)
     for members in finalist_groups(study).values():
         times = [_step(forecast, arm) for arm in members if arm in arms]
         if not times:
             continue
+        work = confirm_work(study, members[0])
         packed += work.steps * (max(times) if in_pack is None or members[0].is_full else in_pack)
         alone += work.steps * max(times)
-        both = work.validations * forecast.validation_s + len(study.confirm.seeds) * forecast.test_s
+        both = work.validations * forecast.validation_s + work.steps / study.train.steps * forecast.test_s
         packed, alone = packed + both, alone + both
     return replace(forecast, packed_s=packed, alone_s=alone)
 
