@@ -20,7 +20,7 @@ from sweep.report.words import count, duration, number, share, signed, size, wit
 from sweep.study.records import CONFIRM, DIVERGED
 from sweep.tracking.journal import StudyRecord, append, read_study_record
 
-FIGURES = {"loss-by-rank", "pareto", "learning-curves", "memory", "rank-by-ratio", "loss-by-learning-rate"}
+FIGURES = {"verdicts", "loss-by-rank", "pareto", "learning-curves", "memory", "rank-by-ratio", "loss-by-learning-rate"}
 
 
 @pytest.fixture(scope="module")

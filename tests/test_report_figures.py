@@ -307,3 +307,27 @@ def test_heat_maps_are_in_the_page_itself(made: tuple[StudyRecord, Path]) -> Non
     for image in re.findall(r'<image[^>]*href="data:image/png;base64,([^"]*)"', html, re.DOTALL):
         assert base64.b64decode(image).startswith(b"\x89PNG")
     assert not re.findall(r"<img", html)
+
+
+def test_numbers_of_the_verdicts_are_scipys_on_the_trials(made: tuple[StudyRecord, Path]) -> None:
+    record, out = made
+    losses: dict[str, dict[int, float]] = {}
+    for t in record.trials:
+        if t.spec.phase == CONFIRM and t.state == COMPLETE and t.last is not None:
+            losses.setdefault(t.spec.arm.name, {})[t.spec.seed] = t.last.test_metrics["test_loss"]
+    rows = list(csv.DictReader((out / "figures" / "verdicts.csv").open()))
+    assert {(r["against"], r["arm"]) for r in rows} == {
+        *(("rank 64", f"r{rank}-ratio2") for rank in (2, 4, 8)),
+        *(("full fine-tuning", f"r{rank}-ratio2") for rank in (2, 4, 8, 64)),
+    }
+    for row in rows:
+        ours, theirs = losses[row["arm"]], losses["r64-ratio2" if row["against"] == "rank 64" else "full"]
+        seeds = sorted(ours.keys() & theirs.keys())
+        paired = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
+        interval = paired.confidence_interval(0.95)
+        one_sided = stats.ttest_rel(
+            [ours[s] for s in seeds], [theirs[s] for s in seeds], alternative="less"
+        ).confidence_interval(0.95)
+        found = [float(row[name]) for name in ("95 % interval, low", "high", "one-sided 95 % bound")]
+        assert found == pytest.approx([interval.low, interval.high, one_sided.high])
+        assert int(row["pairs"]) == len(seeds)

@@ -28,6 +28,7 @@ from sweep.report.tables import calibration_table, chance_line, confirmed_table,
 from sweep.report.training_figures import learning_curves, memory
 from sweep.report.traps import power_line
 from sweep.report.trials import write_trials
+from sweep.report.verdict_figure import verdicts
 from sweep.report.words import rate, without_paths
 from sweep.study.file import dump_study
 from sweep.study.schema import Study
@@ -46,6 +47,7 @@ def write_report(study: Study, record: StudyRecord, to: Path) -> Findings:
     folder = to / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
+        draw(verdicts, folder, study, findings),
         draw(loss_by_rank, folder, study, findings),
         draw(learning_curves, folder, study, record, findings),
         draw(rank_by_ratio, folder, study, findings),

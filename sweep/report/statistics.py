@@ -11,7 +11,7 @@ import numpy as np
 from sweep.report.cautions import cautions, first_unlearned
 from sweep.report.forgetting import at_the_end
 from sweep.report.infeasible import infeasible_warnings
-from sweep.report.intervals import NON_INFERIOR, REFERENCE, Interval, judge, t_interval
+from sweep.report.intervals import INFERIOR, NON_INFERIOR, REFERENCE, Interval, judge, t_interval
 from sweep.report.power import power
 from sweep.report.results import ArmResult, Findings
 from sweep.report.search import SearchRow, edge_warnings, find_edges, search_rows
@@ -196,12 +196,12 @@ def _judge(
     )
     verdicts = {}
     for i, (r, v) in enumerate(zip(sequence, in_order, strict=True)):
-        untested = stopped is not None and i > stopped
+        untested = stopped is not None and i > stopped and v != INFERIOR
         place = f"not tested: the sequence stopped at rank {sequence[stopped or 0].arm.r}" if untested else ""
-        verdicts[r.arm.name] = (v, _note(place, r))
+        verdicts[r.arm.name] = (v, _note(place, r, v))
     outside = "outside the sequence; Holm's correction" if len(aside) > 1 else "outside the sequence"
     for r, v in zip(aside, side_by_side, strict=True):
-        verdicts[r.arm.name] = (v, _note(outside, r))
+        verdicts[r.arm.name] = (v, _note(outside, r, v))
     return verdicts
 
 
@@ -212,8 +212,8 @@ def _sequence(chosen: Mapping[int, ArmResult], reference: ArmResult | None) -> l
     return [reference, *(chosen[r] for r in sorted(chosen, reverse=True) if r < reference.arm.r)]
 
 
-def _note(place: str, result: ArmResult) -> str:
-    seeds = result.diverged_seeds
+def _note(place: str, result: ArmResult, verdict: str) -> str:
+    seeds = result.diverged_seeds if verdict != INFERIOR else ()
     barred = f"diverged on {_seeds(seeds)}, so not shown non-inferior" if seeds else ""
     return "; ".join(part for part in (place, barred) if part)
 
