@@ -19,6 +19,7 @@ from sweep.report.style import (
     FAINT,
     INK,
     SERIES,
+    SOFT,
     WHITE,
     grid_of,
     hide_empty,
@@ -26,6 +27,7 @@ from sweep.report.style import (
     new_figure,
     rank_axis,
     text_colour,
+    wrapped,
 )
 
 
@@ -56,8 +58,8 @@ def domain_losses(found: Found) -> tuple[Figure, Drawn] | None:
     measured = [a for a in colours if any(row["adapter"] == a for row in found["losses"])]
     handles = [panels[0].plot([], [], "o-", color=colours[a], ms=5, label=f"adapter: {a}")[0] for a in measured]
     legend_above(figure, handles, 4)
-    figure.supxlabel("rank", fontsize=9.5)
-    figure.supylabel("change of test loss (nats a token)", fontsize=9.5)
+    figure.supxlabel("rank", fontsize=9.5, color=SOFT)
+    figure.supylabel("change of test loss (nats a token)", fontsize=9.5, color=SOFT)
     return figure, Drawn(
         "domain-losses",
         "Each adapter on each domain's text",
@@ -101,7 +103,7 @@ def gain_by_distance(found: Found) -> tuple[Figure, Drawn] | None:
         axes.plot([x], [at.mean], "o", color=colour, ms=7.5, mec=WHITE)
         axes.annotate(domain, (x, at.mean), (8, 0), textcoords="offset points", va="center", color=text_colour(colour))
     axes.margins(x=0.15)
-    axes.set_xlabel("loss of the base (bits a byte): further right, further from what it knows")
+    axes.set_xlabel(wrapped("loss of the base (bits a byte): further right, further from what it knows"))
     axes.set_ylabel(f"loss of rank {tried[0]} − rank {tried[-1]}\n(bits a byte)")
     return figure, Drawn(
         "gain-by-distance",

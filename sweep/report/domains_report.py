@@ -245,7 +245,7 @@ def _kept_table(found: Found) -> Table:
         for domain in others:
             share = kept(found, rank, domain)
             ends = f"{_percent(share.low)} to {_percent(share.high)}" if share and share.low is not None else ""
-            cells.append(Cell(_percent(share.mean) if share else "–", ends))
+            cells.append(Cell(_percent(share.mean), ends, value=share.mean) if share else Cell("–"))
         rows.append(Row((Cell(f"rank {rank}"), *cells)))
     return Table(("Mixture", *(f"Of the gain on {domain}" for domain in others)), tuple(rows))
 
@@ -260,9 +260,10 @@ def _gain_table(found: Found) -> Table:
     )
     rows = []
     for domain in by_distance(found):
-        base = number(bits_per_byte(found, domain, found["base"][domain]), DECIMALS)
+        bits = bits_per_byte(found, domain, found["base"][domain])
         gains = (over_seeds(rank_gain_bits(found, domain)), over_seeds(rank_gain(found, domain)))
-        rows.append(Row((Cell(domain), Cell(base), *(change(gain, DECIMALS + 1) for gain in gains))))
+        base = Cell(number(bits, DECIMALS), value=bits)
+        rows.append(Row((Cell(domain), base, *(change(gain, DECIMALS + 1) for gain in gains))))
     return Table(heads, tuple(rows))
 
 

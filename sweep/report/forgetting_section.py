@@ -14,7 +14,7 @@ from sweep.report.intervals import Interval
 from sweep.report.results import Findings
 from sweep.report.sections import Section
 from sweep.report.statistics import confirm_trials
-from sweep.report.style import FAINT, SERIES, SOFT, WHITE, legend_above, new_figure
+from sweep.report.style import FAINT, SERIES, SOFT, WHITE, legend_above, new_figure, wrapped
 from sweep.report.tables import Cell, Row, Table, change
 from sweep.report.words import arm_title, join, loss_decimals, number, plural, signed, span, without_paths
 from sweep.study.arms import Arm
@@ -68,7 +68,7 @@ def learning_forgetting(study: Study, record: StudyRecord, findings: Findings) -
         axes.plot(means[:, 0], means[:, 1], "o-", color=colour, ms=6, lw=1.8, mec=WHITE, label=name)
         numbers += [(name, "mean", step, *mean) for step, mean in zip(sorted(at), means.tolist(), strict=True)]
     axes.invert_xaxis()
-    axes.set_xlabel("validation loss on the target (further right has learned more)")
+    axes.set_xlabel(wrapped("validation loss on the target (further right has learned more)"))
     axes.set_ylabel("rise of the loss on source text")
     legend_above(figure, axes.get_legend_handles_labels()[0], 3)
     return figure, Drawn(
@@ -225,7 +225,11 @@ def _table(study: Study, findings: Findings, matched: list[Matched], baseline: A
         missing = f"never reached on {plural(len(m.never), 'seed')}" if m.never else ""
         cells = (
             Cell(arm_title(m.arm, study.list_arms()), plural(len(m.seeds), "seed"), missing),
-            Cell(number(result.loss_mean, decimals), span(result.loss_low, result.loss_high, decimals)),
+            Cell(
+                number(result.loss_mean, decimals),
+                span(result.loss_low, result.loss_high, decimals),
+                value=result.loss_mean,
+            ),
             *(change(found, decimals) for found in (result.forgetting, m.mean, m.to_baseline)),
         )
         rows.append(Row(cells, m.arm.name == findings.recommended))

@@ -96,7 +96,8 @@ def overhead_table(found: Found) -> Table:
             values = overhead(cell, name)
             ends = median_interval(values)
             below = "" if ends is None else f"{signed(ends[0], 1)} to {signed(ends[1], 1)}"
-            cells.append(Cell(signed(statistics.median(values), 1), below))
+            middle = statistics.median(values)
+            cells.append(Cell(signed(middle, 1), below, value=middle))
         rows.append(Row(tuple(cells)))
     return Table(("Batch × tokens", *names), tuple(rows))
 
@@ -112,7 +113,7 @@ def times_table(found: Found) -> Table:
                 cells.append(Cell("–"))
                 continue
             low, middle, high = _quartiles(times)
-            cells.append(Cell(_ms(middle), f"{_ms(low)} to {_ms(high)}"))
+            cells.append(Cell(_ms(middle), f"{_ms(low)} to {_ms(high)}", value=middle))
         rows.append(Row(tuple(cells)))
     return Table(("Batch × tokens", *names), tuple(rows))
 

@@ -34,6 +34,7 @@ from sweep.report.style import (
     legend_above,
     loss_axis,
     new_figure,
+    panel_title,
     rank_axis,
     readable_log,
 )
@@ -63,7 +64,7 @@ def spectra(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
             numbers += [(kind, called(study, found, arm), *point) for point in zip(at, mean, strict=True)]
             tops.append(mean[0])
             ends.append(at[-1])
-        axes.set_title(kind)
+        panel_title(axes, kind)
     if not tops:
         return None
     panels[0].set_ylim(max(tops) / 1e4, max(tops) * 2)
@@ -106,7 +107,7 @@ def rank_by_layer(study: Study, found: Found) -> tuple[Figure, Drawn] | None:
         axes.set_ylim(0, 1.08 * max(highest, arm.r))
         if arm.r:
             axes.axhline(arm.r, color=SOFT, lw=0.9, ls=(0, (5, 3)))
-        axes.set_title(called(study, found, arm))
+        panel_title(axes, called(study, found, arm))
         axes.set_xticks(blocks[:: max(1, len(blocks) // 6)])
     hide_empty(panels, len(arms), columns)
     legend_above(figure, panels[0].get_legend_handles_labels()[0], 3)

@@ -74,7 +74,7 @@ def similarity_table(study: Study, found: Found) -> Table:
                 (
                     Cell(shown, "one seed" if same else ""),
                     Cell(DIRECTIONS[entry["of"]]),
-                    Cell(str(len(entry["pairs"]))),
+                    Cell(str(len(entry["pairs"])), value=len(entry["pairs"])),
                     interval_cell(similarity_interval(entry["top"])),
                     interval_cell(similarity_interval(entry["whole"])),
                 )
@@ -90,8 +90,9 @@ def amplification_table(study: Study, found: Found) -> Table:
         here = rows_of(found, arm)
         norms = [over_seeds(here, column(name)) for name in ("norm", "in_update", "in_base", "in_random")]
         factor = factor_over_seeds(here, column("amplification"))
-        directions = str(max(row["directions"] for row in here))
-        rows.append(Row((Cell(called(study, found, arm)), Cell(directions), *map(interval_cell, [*norms, factor]))))
+        directions = max(row["directions"] for row in here)
+        counted = Cell(str(directions), value=directions)
+        rows.append(Row((Cell(called(study, found, arm)), counted, *map(interval_cell, [*norms, factor]))))
     return Table(heads, tuple(rows))
 
 
@@ -103,13 +104,14 @@ def truncation_table(study: Study, cut: Sequence[Truncated]) -> Table:
         if interval is None or math.isnan(interval.mean):
             return Cell("–")
         write = signed if plus else number
-        return Cell(write(interval.mean, decimals), span(interval.low, interval.high, decimals, plus=plus))
+        ends = span(interval.low, interval.high, decimals, plus=plus)
+        return Cell(write(interval.mean, decimals), ends, value=interval.mean)
 
     rows = [
         Row(
             (
                 Cell(f"rank {row.rank}"),
-                Cell(percent(row.lost)),
+                Cell(percent(row.lost), value=row.lost),
                 shown(row.loss),
                 shown(row.trained),
                 shown(row.to_trained, plus=True),
@@ -155,7 +157,7 @@ def interval_cell(interval: Interval) -> Cell:
     if math.isnan(interval.mean):
         return Cell(NOTHING)
     ends = "" if interval.low is None or interval.high is None else f"{few(interval.low)} to {few(interval.high)}"
-    return Cell(few(interval.mean), ends)
+    return Cell(few(interval.mean), ends, value=interval.mean)
 
 
 def similarity_interval(values: Sequence[float]) -> Interval:

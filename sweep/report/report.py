@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
 from sweep.report.alpha_section import alpha_section
 from sweep.report.costs import costs_section
@@ -202,6 +203,7 @@ def _templates() -> Environment:
     )
     environment.filters["md"] = _markdown
     environment.filters["unbroken"] = _unbroken
+    environment.filters["breakable"] = _breakable
     environment.filters["slug"] = _slug
     environment.filters["quoted"] = _quoted
     return environment
@@ -210,6 +212,11 @@ def _templates() -> Environment:
 def _unbroken(text: str) -> str:
     """No line ends between a number and its per cent sign, or within "ε = 0.05"."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+
+
+def _breakable(text: str) -> Markup:
+    """HTML in which a line may end after the dots of a layer's name."""
+    return Markup(re.sub(r"(?<=\w)\.(?=[a-z])", ".<wbr>", str(escape(text))))
 
 
 def _slug(title: str) -> str:

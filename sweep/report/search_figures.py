@@ -26,6 +26,7 @@ from sweep.report.style import (
     legend_above,
     loss_axis,
     new_figure,
+    panel_title,
     readable_log,
 )
 from sweep.report.words import apart, rate
@@ -61,7 +62,7 @@ def rank_by_ratio(study: Study, findings: Findings) -> tuple[Figure, Drawn] | No
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         if len(groups) > 1:
-            axes.set_title(title)
+            panel_title(axes, title)
     values = "; ".join(f"{r.arm.name} {'none' if r.best_loss is None else f'{r.best_loss:.3f}'}" for r in rows)
     return figure, Drawn(
         "rank-by-ratio",
@@ -105,7 +106,7 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
             aside = air ** (1.2 * (i - (len(here) - 1) / 2) / len(here))  # equal rates side by side, not on one another
             colour = SERIES[lines.index(apart(arm, arms)) % len(SERIES)] if arm.r else SOFT
             _rates(axes, search_trials(record, arm.name), colour, arm.name in edges, max(losses), aside)
-        axes.set_title(title)
+        panel_title(axes, title)
     hide_empty(panels, len(panels_of), columns)
     loss_axis(panels[0], losses)
     figure.supxlabel("learning rate (log scale)", fontsize=9.5, color=SOFT)

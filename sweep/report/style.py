@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ VARIABLES = {
     TEXT[PURPLE]: "purple-text",
 }
 LEGEND_CHARACTERS = 16.0  # of a legend's text in a row, for each inch of width
+LABEL_CHARACTERS = 12.0  # of an axis's label in a line, for each inch of width
+PANEL_CHARACTERS = 17  # of a panel's title where it is narrow
 LEGEND_ROW = 0.17  # inches
 WIDE, NARROW = 6.2, 3.7  # inches: text is as large as the page's on a screen, and on a phone
 DPI = 150
@@ -96,6 +99,17 @@ def new_figure(height: float) -> Figure:
 def is_narrow() -> bool:
     """Whether the style in use is the one for phones."""
     return bool(rcParams["figure.figsize"][0] < WIDE)
+
+
+def wrapped(label: str) -> str:
+    """An axis's label in as many lines as the style in use needs."""
+    return "\n".join(wrap(label, int(LABEL_CHARACTERS * rcParams["figure.figsize"][0])))
+
+
+def panel_title(axes: Axes, title: str) -> None:
+    """Of one of several panels; where it is narrow, a long one's beginning is left out."""
+    shown = title if len(title) <= PANEL_CHARACTERS or not is_narrow() else f"…{title[1 - PANEL_CHARACTERS :]}"
+    axes.set_title(shown)
 
 
 def text_colour(colour: str) -> str:

@@ -25,6 +25,7 @@ from sweep.report.style import (
     legend_above,
     loss_axis,
     new_figure,
+    panel_title,
 )
 from sweep.report.words import cost_title, size
 from sweep.study.arms import Arm
@@ -57,7 +58,7 @@ def learning_curves(study: Study, record: StudyRecord, findings: Findings) -> tu
         axes.plot(steps, mean, color=colour, lw=1.1, alpha=0.75)
         at, seen, least, most = _mean_curve([t.eval_curve for t in trials])
         axes.plot(at, seen, "o-", color=INK, ms=4, lw=1.2, mec=WHITE, mew=0.6)
-        axes.set_title(short_name(result.arm))
+        panel_title(axes, short_name(result.arm))
         for what, points in (("training", (steps, mean, low, high)), ("validation", (at, seen, least, most))):
             numbers += [(short_name(result.arm), what, *point) for point in zip(*points, strict=True)]
     hide_empty(panels, len(shown), columns)
