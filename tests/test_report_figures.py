@@ -76,7 +76,7 @@ def test_every_figure_has_its_numbers_beside_it_in_the_page_and_in_markdown(made
     html, markdown = ((out / name).read_text() for name in ("report.html", "report.md"))
     linked = dict(re.findall(r'<a download="([\w-]+)\.csv" href="data:text/csv;charset=utf-8,([^"]*)"', html))
     names = {path.stem for path in (out / "figures").glob("*.png")}
-    assert len(names) == 8 and set(linked) == names
+    assert len(names) == 9 and set(linked) == names
     for name in names:
         text = (out / "figures" / f"{name}.csv").read_text()
         assert unquote(linked[name]) == text and len(text.splitlines()) > 2
@@ -216,7 +216,7 @@ def test_drawings_of_a_page_do_not_share_names_and_take_its_colours(made: tuple[
     referred = re.findall(r'href="#([^"]+)"', html) + re.findall(r"url\(#([^)]+)\)", html)
     assert len(referred) > 500 and set(referred) <= set(names)
     drawings = re.findall(r'<svg class="(?:wide|narrow)".*?</svg>', html, re.DOTALL)
-    assert len(drawings) == 2 * 8
+    assert len(drawings) == 2 * 9
     known = set(re.findall(r"--([\w-]+):", STYLE_SHEET.read_text()))
     assert set(VARIABLES.values()) <= known
     for drawing in drawings:
