@@ -59,7 +59,7 @@ VARIABLES = {
 }
 LEGEND_CHARACTERS = 16.0  # of a legend's text in a row, for each inch of width
 LABEL_CHARACTERS = 12.0  # of an axis's label in a line, for each inch of width
-PANEL_CHARACTERS = 17  # of a panel's title where it is narrow
+PANEL_CHARACTERS = 18  # of a panel's title where it is narrow
 LEGEND_ROW = 0.17  # inches
 WIDE, NARROW = 6.2, 3.7  # inches: text is as large as the page's on a screen, and on a phone
 DPI = 150
