@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 from commands import sweep
+from journals import write_adapter
 from synthetic import QUICKSTART, quickstart, write_study
 
 from sweep import cli, doctor, publishing
@@ -89,8 +90,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[TrialRecord]:
     trials: list[TrialRecord] = []
 
     def export(study: Any, record: Any, trial: TrialRecord, to: Path, *rest: Any) -> None:
-        to.mkdir(parents=True, exist_ok=True)
-        (to / "adapter_config.json").write_text("{}")
+        write_adapter(to)
         trials.append(trial)
 
     monkeypatch.setattr(publishing, "export", export)

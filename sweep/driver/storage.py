@@ -103,7 +103,8 @@ def open_ledger(study: Study, storage: BaseStorage, fresh: bool) -> Ledger:
     if theirs != ours:
         found.set_user_attr(HASH, ours)
         found.set_user_attr("question", study.question)
-        found.set_metric_names(["eval_loss"])  # dashboards name the values by it
+        # As Study.set_metric_names does, without its warning: dashboards name the values by it.
+        storage.set_study_system_attr(study_id, "study:metric_names", ["eval_loss"])
     return Ledger(found, storage, study_id, _distributions(study), count(trials))
 
 

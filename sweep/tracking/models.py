@@ -55,7 +55,9 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, adapter: Pa
         )
     with tempfile.TemporaryDirectory() as folder:
         client.log_model_artifacts(found.model_id, str(pack_model(adapter, Path(folder, "model"), found.model_id)))
-    client.log_outputs(run_id, [LoggedModelOutput(found.model_id, 0)])  # so that the run's page shows it
+    outputs = client.get_run(run_id).outputs
+    if found.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
+        client.log_outputs(run_id, [LoggedModelOutput(found.model_id, 0)])  # so that the run's page shows it
     client.finalize_logged_model(found.model_id, "READY")
     return str(found.model_id)
 
