@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sweep.report.intervals import Interval, t_interval
+from sweep.report.words import loss_decimals, number, plural, signed, span
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, CONFIRM
 from sweep.study.schema import Study
@@ -46,6 +47,11 @@ def alpha_fits(study: Study, record: StudyRecord) -> list[AlphaFit]:
             title = arms[0].group if len(by_kind) == len({a[0].group for a in by_kind.values()}) else kind
             fits.append(AlphaFit(title, tuple(arms), cells, _exponent(cells), swap, swapped))
     return fits
+
+
+def alpha_sentences(study: Study, fits: Sequence[AlphaFit]) -> list[str]:
+    """What each says, with its interval."""
+    return [_sentence(study, fit, len(fits) > 1) for fit in fits]
 
 
 def _cells(record: StudyRecord, arms: list[Arm]) -> Cells:
@@ -106,3 +112,32 @@ def _swap(cells: Cells) -> tuple[Interval | None, int]:
     seeds = set.intersection(*(set(cells[cell]) for pair in pairs for cell in pair)) if pairs else set()
     differences = [float(np.mean([cells[a][seed] - cells[b][seed] for a, b in pairs])) for seed in sorted(seeds)]
     return (t_interval(differences) if differences else None), len(pairs)
+
+
+def _sentence(study: Study, fit: AlphaFit, named: bool) -> str:
+    where = f"At {fit.title}: the" if named else "The"
+    if fit.exponent is None:
+        return (
+            f"{where} exponent of the best learning rate in alpha cannot be given: on fewer than two seeds do the best "
+            "rates of enough ratios lie within the grid."
+        )
+    gamma = fit.exponent
+    assert gamma.low is not None and gamma.high is not None
+    named_values = ((0.0, "0 (alpha does nothing)"), (0.5, "1/2"), (1.0, "1 (alpha is a learning rate)"))
+    held = [words for value, words in named_values if gamma.low <= value <= gamma.high]
+    fits = f"which does not exclude {' or '.join(held)}" if held else "which excludes 0, 1/2 and 1"
+    ends = span(gamma.low, gamma.high, 2)
+    text = (
+        f"{where} best learning rate fell with alpha as (alpha / r) to the power of {signed(-gamma.mean, 2)} (exponent "
+        f"{number(gamma.mean, 2)}, 95 % interval {ends}, {plural(gamma.n, 'seed')}; a ratio's best rate is the lowest "
+        f"point of a parabola through its lowest loss and the two beside it, and one on the edge is left out), {fits}."
+    )
+    if fit.swap is None or fit.swap.low is None:
+        return text
+    decimals = loss_decimals(study.confirm.epsilon)
+    side = "higher" if fit.swap.mean > 0 else "lower"
+    return text + (
+        f" More alpha and less rate at one product of the two, next ratios held against each other in {fit.swapped} "
+        f"pairs of cells, made the test loss {number(abs(fit.swap.mean), decimals)} {side} on average "
+        f"(95 % interval {span(fit.swap.low, fit.swap.high, decimals, plus=True)}, {fit.swap.n} seeds)."
+    )

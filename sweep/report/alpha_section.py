@@ -6,13 +6,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sweep.report.alpha import AlphaFit, alpha_fits
+from sweep.report.alpha import AlphaFit, alpha_fits, alpha_sentences
 from sweep.report.drawing import Drawn, Numbers, draw
 from sweep.report.intervals import t_interval
 from sweep.report.sections import Section
 from sweep.report.style import SERIES, legend_above, loss_axis, new_figure, readable_log
 from sweep.report.tables import Cell, Row, Table
-from sweep.report.words import loss_decimals, number, plural, rate, signed, span
+from sweep.report.words import loss_decimals, number, rate, span
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 
@@ -37,41 +37,12 @@ def alpha_section(study: Study, record: StudyRecord, figures: Path) -> Section |
     meaning = MEANING + (HEAD if study.task != "causal-lm" else "")
     return Section(
         "Is alpha a learning rate?",
-        (*(_finding(study, fit, len(fits) > 1) for fit in fits), meaning),
+        (*alpha_sentences(study, fits), meaning),
         tuple(
             (f"Test loss by alpha ratio and learning rate, {fit.title}: means with 95 % intervals", _table(study, fit))
             for fit in fits
         ),
         tuple(d for d in drawn if d is not None),
-    )
-
-
-def _finding(study: Study, fit: AlphaFit, named: bool) -> str:
-    where = f"At {fit.title}: the" if named else "The"
-    if fit.exponent is None:
-        return (
-            f"{where} exponent of the best learning rate in alpha cannot be given: on fewer than two seeds do the best "
-            "rates of enough ratios lie within the grid."
-        )
-    gamma = fit.exponent
-    assert gamma.low is not None and gamma.high is not None
-    named_values = ((0.0, "0 (alpha does nothing)"), (0.5, "1/2"), (1.0, "1 (alpha is a learning rate)"))
-    held = [words for value, words in named_values if gamma.low <= value <= gamma.high]
-    fits = f"which does not exclude {' or '.join(held)}" if held else "which excludes 0, 1/2 and 1"
-    ends = span(gamma.low, gamma.high, 2)
-    text = (
-        f"{where} best learning rate fell with alpha as (alpha / r) to the power of {signed(-gamma.mean, 2)} (exponent "
-        f"{number(gamma.mean, 2)}, 95 % interval {ends}, {plural(gamma.n, 'seed')}; a ratio's best rate is the lowest "
-        f"point of a parabola through its lowest loss and the two beside it, and one on the edge is left out), {fits}."
-    )
-    if fit.swap is None or fit.swap.low is None:
-        return text
-    decimals = loss_decimals(study.confirm.epsilon)
-    side = "higher" if fit.swap.mean > 0 else "lower"
-    return text + (
-        f" More alpha and less rate at one product of the two, next ratios held against each other in {fit.swapped} "
-        f"pairs of cells, made the test loss {number(abs(fit.swap.mean), decimals)} {side} on average "
-        f"(95 % interval {span(fit.swap.low, fit.swap.high, decimals, plus=True)}, {fit.swap.n} seeds)."
     )
 
 

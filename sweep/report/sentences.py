@@ -69,6 +69,8 @@ def _go_smaller(study: Study, pick: ArmResult) -> str:
 
 def _stay(study: Study, findings: Findings, pick: ArmResult) -> str:
     smaller = [r for r in findings.arms if r.in_sequence and r.arm.r < pick.arm.r]
+    if all(arm.r >= pick.arm.r for arm in study.list_arms() if arm.r):
+        return f"Use {_setting(study, pick)}: search chose it, and no smaller rank was part of this study."
     opening = f"Stay with the reference, {_setting(study, pick)}"
     if not smaller:
         return f"{opening}: no smaller rank was confirmed."

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sweep.report.alpha import alpha_fits, alpha_sentences
 from sweep.report.cautions import cautions, first_unlearned
 from sweep.report.forgetting import at_the_end
 from sweep.report.infeasible import infeasible_warnings
@@ -86,7 +87,8 @@ def find(study: Study, record: StudyRecord) -> Findings:
         ended=ended,
         planned=max(planned, ended),
     )
-    return replace(findings, sentences=recommendation(study, findings))
+    first, *others = recommendation(study, findings)
+    return replace(findings, sentences=(first, *alpha_sentences(study, alpha_fits(study, record)), *others))
 
 
 def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
