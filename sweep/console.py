@@ -75,7 +75,7 @@ def _progress_line(progress: Progress) -> str:
             ("running", progress.running),
             ("pruned", progress.pruned),
             ("diverged", progress.diverged),
-            ("too large for this device", progress.infeasible),
+            (INFEASIBLE, progress.infeasible),
             ("failed", progress.failed),
         )
         if number
@@ -172,7 +172,7 @@ def plan(
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm")
-    heads = ("parameters", "peak memory", "a step", "a trial", "its search", "its confirm phase", "fits")
+    heads = ("trainable parameters", "peak memory", "a step", "a trial", "its search", "its confirm phase", "fits")
     for name in heads:
         table.add_column(name, justify="right")
     for row in price_arms(study, forecast):
@@ -190,6 +190,8 @@ def plan(
 
 def _whole(forecast: StudyForecast, an_hour: float | None) -> list[str]:
     """What the whole study takes, and how that was found."""
+    from sweep.report.words import size
+
     probed = [arm.cost_key for arm in forecast.arms if arm.probed]
     others = len(forecast.arms) > len(probed)
     told = []
@@ -208,15 +210,9 @@ def _whole(forecast: StudyForecast, an_hour: float | None) -> list[str]:
         "both one trial after the other",
         (f"probed alone for a few steps: {', '.join(probed)}" if probed else "no arm could be probed")
         + ("; the others are scaled from these" if others and probed else "")
-        + f"; a trial may take {_size(forecast.memory_limit_bytes)}",
+        + f"; a trial may take {size(forecast.memory_limit_bytes)}",
         *(f"note: {arm.cost_key}: {arm.note}" for arm in forecast.arms if arm.note and arm.fits),
     ]
-
-
-def _size(value: int) -> str:
-    from sweep.report.words import size
-
-    return size(value)
 
 
 def _rates(values: Sequence[float]) -> str:

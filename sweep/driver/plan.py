@@ -103,7 +103,7 @@ def pick_finalists(
             states = {records[slot.name].state for slot in slots if slot.arm.name in names}
             why = "it does not fit on this device"
             if states != {INFEASIBLE}:
-                why = f"every trial of its search diverged{', does not fit' * (INFEASIBLE in states)} or failed"
+                why = f"every trial of its search diverged{', did not fit' * (INFEASIBLE in states)} or failed"
             warnings.append(f"{name} has no finalist: {why}")
     return tuple(finalists), warnings
 

@@ -218,7 +218,7 @@ def _errors(what: str, found: Sequence[tuple[str, float | None]]) -> str:
     if not known:
         return ""
     worst = max(known)
-    middle = number(100 * statistics.median(size for size, _, _ in known), 0)
+    middle = number(100 * statistics.median(off for off, _, _ in known), 0)
     return f"{what} was off by {middle} % in the median, at worst by {_percent(worst[1])} ({worst[2]})"
 
 

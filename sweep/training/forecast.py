@@ -61,7 +61,7 @@ def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> StudyFore
             raise
         except Exception as error:  # an arm that cannot be probed keeps what was counted
             errors[found.arm.cost_key] = error
-    validation_s, test_s = evaluation_times(setup, prepared, arms)
+    validation_s, test_s = evaluation_times(setup, prepared, [c.arm for c in counted if c.step_time_s is not None])
     forecasts = tuple(_forecast_one(c, counted, probes, errors.get(c.arm.cost_key), limit) for c in counted)
     return StudyForecast(forecasts, limit, validation_s, test_s)
 
@@ -103,8 +103,12 @@ def to_probe(counted: Iterable[Counted]) -> list[Counted]:
 
 
 def evaluation_times(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> tuple[float, float]:
-    """Seconds of evaluating one trial of a pack on all validation rows and on all test rows: the middle one of the
-    validation's passes is timed, and counts for all."""
+    """Seconds of evaluating one trial of a pack on all validation rows and on all test rows; 0 without an arm.
+
+    The middle one of the validation's passes is timed, and counts for all.
+    """
+    if not arms:
+        return 0.0, 0.0
     adapted = [arm for arm in arms if not arm.is_full]
     trials = mixed_trials(setup, adapted or arms, prepared.pack_size if adapted else 1)
     data, trainee = tokenised(setup), start_trainee(setup, prepared, trials, 0)

@@ -32,6 +32,8 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm, warmup: int = WARMUP_STEPS
 
     Raises what the measurement raises, and BrokenProcessPool where its process is killed (out of memory).
     """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what this process keeps for later would be missing there
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload([__name__, "transformers.modeling_utils"])
     with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as one:
