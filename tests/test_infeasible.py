@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from sweep.execution.worker import Work
 from sweep.report.report import write_report
 from sweep.study.home import Home
-from sweep.study.records import COMPLETE, FAILED, INFEASIBLE, Measurement, Unit
+from sweep.study.records import COMPLETE, FAILED, INFEASIBLE, Measurement, StudyForecast, Unit
 from sweep.study.schema import Study
 from sweep.tracking.journal import read_study_record
 
@@ -118,10 +118,22 @@ def test_what_is_forecast_not_to_fit_is_tried_last_and_alone(home: Home) -> None
     assert "full" in [arm for arm, _ in records_of(home, study).finalists]
 
 
+def doubting(train: Train, key: str) -> Work:
+    """A forecast in which the arms of one cost do not fit."""
+
+    def foretell(setup: Any, prepared: Any, arms: Any) -> StudyForecast:
+        made = forecast(setup, prepared, arms)
+        return replace(made, arms=tuple(replace(arm, fits=arm.cost_key != key) for arm in made.arms))
+
+    return replace(fake_work(train), forecast=foretell)
+
+
 @pytest.mark.parametrize("kill_at", [1, 4, 8, 12])
 def test_the_order_of_trials_does_not_depend_on_interruptions(tmp_path: Path, kill_at: int) -> None:
+    """Rank 2, which a grid would try first, is tried last, and not what a forecast at the resumption would say."""
     study, whole, broken = make_study(), Home(tmp_path / "whole"), Home(tmp_path / "broken")
-    run(whole, study, limited(without_room_for(8), limit=7))
+    run(whole, study, doubting(without_room_for(2), "r2-lora-all-linear"))
+    assert [t.spec.arm.r for t in records_of(whole, study).trials[:15]] == [8] * 6 + [0] * 3 + [2] * 6
     trained = 0
 
     def train(unit: Unit) -> tuple[Measurement, ...]:
@@ -129,11 +141,11 @@ def test_the_order_of_trials_does_not_depend_on_interruptions(tmp_path: Path, ki
         trained += 1
         if trained == kill_at:
             raise Killed
-        return without_room_for(8)(unit)
+        return without_room_for(2)(unit)
 
     with pytest.raises(Killed):
-        run(broken, study, limited(train, limit=7))
-    run(broken, study, limited(without_room_for(8), limit=1))  # what would be forecast now does not count
+        run(broken, study, doubting(train, "r2-lora-all-linear"))
+    run(broken, study, doubting(without_room_for(2), "full"))
     assert journal_view(records_of(broken, study)) == journal_view(records_of(whole, study))
     assert records_of(broken, study).forecast == records_of(whole, study).forecast
 
