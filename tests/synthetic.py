@@ -30,6 +30,10 @@ from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, append, append_asked, append_end, append_rung, read_study_record
 
 QUICKSTART = Path(__file__).parents[1] / "studies" / "quickstart.yaml"
+THREE_RATES = (
+    "tune.learning_rate={low: 3.0e-3, high: 3.0e-2, values: 3}",
+    "tune.full_finetuning.learning_rate={low: 2.0e-4, high: 2.0e-3, values: 3}",
+)
 SOURCE_LOSS = 3.0  # of the base
 FLOOR = {2: 0.262, 4: 0.225, 8: 0.205, 64: 0.198, 0: 0.182}  # final loss by rank; 0: full fine-tuning
 SESSION = {  # as `sweep.driver.provenance` tells it
@@ -47,7 +51,8 @@ END = {  # (phase, arm, learning rate or seed) → how that trial ends other tha
 
 
 def quickstart(*overrides: str) -> Study:
-    return read_study(QUICKSTART, overrides).study
+    """The quickstart with three rates an arm."""
+    return read_study(QUICKSTART, (*THREE_RATES, *overrides)).study
 
 
 def write_study(

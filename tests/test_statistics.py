@@ -356,3 +356,26 @@ def test_a_reference_with_the_highest_loss_is_told(tmp_path: Path) -> None:
         "the reference, rank 64, has the highest loss of all ranks (0.670, 95 % interval 0.661 to 0.679): it may be "
         "badly tuned, and being non-inferior to it says little."
     )
+
+
+def test_a_study_of_one_rank_has_nothing_to_stay_with(tmp_path: Path) -> None:
+    findings = find_in(tmp_path, GOOD, "arms.rank=[64]", "confirm.finalists=arm")
+    result = findings.result(findings.recommended)
+    assert result and result.loss_low is not None and result.loss_high is not None
+    assert "no smaller rank was part of this study" in findings.sentences[0]
+    assert f"95 % interval {result.loss_low:.3f} to {result.loss_high:.3f}" in findings.sentences[0]
+
+
+def test_arms_are_judged_against_full_finetuning_too_in_a_family_of_their_own(tmp_path: Path) -> None:
+    findings = find_in(tmp_path, {0: 0.10, 2: 0.40, 4: 0.20, 8: 0.20, 64: 0.12})
+    to_full = {r.arm.r: r.full_verdict for r in findings.arms if not r.arm.is_full}
+    assert to_full == {2: "inferior", 4: "inferior", 8: "inferior", 64: "non-inferior"}
+    assert findings.result("full") and findings.result("full").full_verdict is None  # type: ignore[union-attr]
+
+
+def test_what_is_not_known_is_said_of_the_recommendation(tmp_path: Path) -> None:
+    findings = find_in(tmp_path, GOOD)
+    unknown = findings.sentences[-1]
+    assert unknown.startswith("Not known: whether rank 2, alpha ratio 2 beats alpha ratio 1, since search chose")
+    assert "above 0.03, the edge of its grid" in unknown and "beyond 40 steps" in unknown
+    assert "of the time a step" in findings.sentences[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ STATES = {
     COMPLETE: TrialState.COMPLETE,
     PRUNED: TrialState.PRUNED,
     DIVERGED: TrialState.FAIL,
-    INFEASIBLE: TrialState.FAIL,
+    INFEASIBLE: TrialState.COMPLETE,  # with a constraint that it violates: Optuna has no state for it
     FAILED: TrialState.FAIL,
 }
 CONSTRAINTS = "constraints"  # Optuna's and its dashboard's system attribute: above 0 is infeasible
@@ -145,14 +146,19 @@ def report(ledger: Ledger, number: int, step: int, loss: float) -> None:
 
 
 def tell(ledger: Ledger, number: int, state: str, loss: float | None, reason: str) -> None:
-    """End a trial in Optuna as its journal ended; once it has ended there, nothing."""
+    """End a trial in Optuna as its journal ended; once it has ended there, nothing.
+
+    Optuna's dashboard calls infeasible what is complete and violates a constraint, and complete wants a value: there,
+    and nowhere else, a trial that never came to a loss has an infinite one, which importances leave out.
+    """
     trial_id = _trial_id(ledger, number)
-    values = [loss] if state in (COMPLETE, PRUNED) and loss is not None else None
+    values = [loss] if state in (COMPLETE, PRUNED, INFEASIBLE) and loss is not None else None
     with suppress(UpdateFinishedTrialError):
         if reason:
             ledger.storage.set_trial_user_attr(trial_id, "reason", reason)
         if state == INFEASIBLE:
             ledger.storage.set_trial_system_attr(trial_id, CONSTRAINTS, [1.0])
+            values = values or [math.inf]
         ledger.storage.set_trial_state_values(trial_id, STATES[state], values)
 
 

@@ -70,7 +70,13 @@ def _go_smaller(study: Study, pick: ArmResult) -> str:
 def _stay(study: Study, findings: Findings, pick: ArmResult) -> str:
     smaller = [r for r in findings.arms if r.in_sequence and r.arm.r < pick.arm.r]
     if all(arm.r >= pick.arm.r for arm in study.list_arms() if arm.r):
-        return f"Use {_setting(study, pick)}: search chose it, and no smaller rank was part of this study."
+        decimals = loss_decimals(study.confirm.epsilon)
+        ends = span(pick.loss_low, pick.loss_high, decimals)
+        sure = f"95 % interval {ends}, {plural(len(pick.seeds), 'seed')}" if ends else "one seed: no interval"
+        return (
+            f"Use {_setting(study, pick)}: search chose it, no smaller rank was part of this study, and its confirmed "
+            f"test loss is {number(pick.loss_mean, decimals)} ({sure})."
+        )
     opening = f"Stay with the reference, {_setting(study, pick)}"
     if not smaller:
         return f"{opening}: no smaller rank was confirmed."
@@ -141,6 +147,9 @@ def _not_known(study: Study, findings: Findings, pick: ArmResult) -> str:
     if rivals and study.confirm.finalists == "rank":
         rest = f"{arm_title(pick.arm, study.list_arms())} beats {join([apart(a, study.list_arms()) for a in rivals])}"
         unknown.append(f"whether {rest}, since search chose between them on one seed")
+    unsure = [r.arm for r in findings.arms if r.arm in rivals and r.verdict == INCONCLUSIVE]
+    if unsure:
+        unknown.append(f"whether {join([apart(a, study.list_arms()) for a in unsure])} would do as well within ε")
     edge = next((e for e in findings.edges if e.arm == pick.arm.name), None)
     if edge is not None:
         beyond = "above" if edge.side == "upper" else "below"
