@@ -104,7 +104,7 @@ def test_each_time_is_under_its_own_name(tmp_path: Path) -> None:
     assert list(minutes.values())[:4] == pytest.approx(expected, rel=0.01)
     section = costs_section(study, record)
     assert section is not None
-    assert f"{one_by_one / rungs:.2g} times as long; evaluation is left out of both" in " ".join(section.paragraphs)
+    assert f"{one_by_one / rungs:.2f} times as long; evaluation is left out of both" in " ".join(section.paragraphs)
     assert "different" not in found and "after it" in " ".join(section.paragraphs)
 
 

@@ -163,7 +163,8 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
                 askable = {member.slot.index for member in ready if can_ask(session, member.slot)}
                 turn = before_doubtful([m for m in ready if m.slot.index in askable], bool(running))
                 packs.extend(plan_packs(turn, pack_size))
-                ready = [member for member in ready if member not in turn]
+                taken = {member.slot.index for member in turn}
+                ready = [member for member in ready if member.slot.index not in taken]
             if not packs:
                 break
             pack, spared = _spare_unfit(session, prepared, packs.popleft())

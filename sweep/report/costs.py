@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sweep.report.infeasible import never_fitted
 from sweep.report.sections import Section
 from sweep.report.tables import Cell, Row, Table
-from sweep.report.words import NOTHING, cost_title, count, duration, join, number, plural, size
+from sweep.report.words import NOTHING, cost_title, count, duration, join, number, plural, signed, size
 from sweep.study.arms import Arm
 from sweep.study.records import SEARCH, Cost, Forecast
 from sweep.study.schema import Study
@@ -106,8 +106,8 @@ def whole_sentence(record: StudyRecord) -> str:
     wall = sum(stop - start for start, stop in record.sessions)
     return (
         f"Training and evaluating all trials in packs was forecast to take at most {duration(foretold)} and took "
-        f"{duration(packed)} (error {_percent(foretold / packed - 1)}); the whole run took {duration(wall)}, with "
-        "preparation, forecast and solo probes, which the forecast leaves out."
+        f"{duration(packed)} (error {_percent(foretold / packed - 1)}), with the loading and the checkpoints that it "
+        f"leaves out; the whole run, with preparation, forecast and solo probes, took {duration(wall)}."
     )
 
 
@@ -119,7 +119,7 @@ def packing_sentence(record: StudyRecord, sure: bool) -> str:
     packed, alone = _packed_training(record), _one_by_one(record)
     if not packed or not alone:
         return ""
-    factor = f", {alone / packed:.2g} times as long" if sure else ""
+    factor = f", {alone / packed:.2f} times as long" if sure else ""
     return (
         f"The training steps that ran took {duration(packed)} in packs and would have taken {duration(alone)} one by "
         f"one{factor}; evaluation is left out of both. The packs were timed during the study and the solo probes after "
@@ -227,4 +227,4 @@ def _off(error: float | None) -> str:
 
 
 def _percent(error: float) -> str:
-    return f"{number(100 * error, 0)} %" if error < 0 else f"+{100 * error:.0f} %"
+    return f"{signed(100 * error, 0)} %"
