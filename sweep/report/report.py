@@ -117,7 +117,7 @@ def _view(
         verdict = (
             "the reference itself"
             if pick.verdict == "reference"
-            else f"{pick.verdict} to rank {study.confirm.reference}"
+            else f"{pick.verdict} to {findings.reference_title(study)}"
         )
     return {
         "study": study,
@@ -141,16 +141,16 @@ def _view(
         "calibration": calibration_table(record.prepared),
         "provenance": provenance_facts(study, [record]),
         "chance": chance_line(study, findings),
-        "table_note": " ".join(filter(None, (_table_note(study), power_line(study, findings.power)))),
+        "table_note": " ".join(filter(None, (_table_note(study, findings), power_line(study, findings)))),
         "limits": _limits(study, record),
     }
 
 
-def _table_note(study: Study) -> str:
-    reference, epsilon = study.confirm.reference, f"{study.confirm.epsilon:g}"
+def _table_note(study: Study, findings: Findings) -> str:
+    reference, epsilon = findings.reference_title(study), f"{study.confirm.epsilon:g}"
     return (
         "Differences are paired by seed; a difference above 0 is a higher, worse loss. "
-        f"Non-inferior: shown to lie less than ε = {epsilon} above rank {reference}, or above full fine-tuning "
+        f"Non-inferior: shown to lie less than ε = {epsilon} above {reference}, or above full fine-tuning "
         "(one-sided paired t test at 5 %, from the largest rank down, stopping at the first that is not shown). "
         "Inferior: shown to lie more than ε above it (the same test, with Holm's correction). "
         "The two comparisons are two families of tests, each at 5 %. "

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from sweep.report.intervals import Interval
 from sweep.report.power import Power
 from sweep.report.search import Edge, SearchRow
+from sweep.report.words import arm_title
 from sweep.study.arms import Arm
 from sweep.study.records import Cost
+from sweep.study.schema import Study
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,13 @@ class Findings:
     finished: bool
     ended: int  # trials that ended, of
     planned: int  # trials in all
+
+    def reference_title(self, study: Study) -> str:
+        """ "rank 64", or the whole name of the arm where several of that rank were confirmed."""
+        reference = self.result(self.reference)
+        if reference is None or sum(r.arm.r == reference.arm.r for r in self.arms) == 1:
+            return f"rank {study.confirm.reference}"
+        return arm_title(reference.arm, study.list_arms())
 
     def result(self, arm: str | None) -> ArmResult | None:
         return next((r for r in self.arms if r.arm.name == arm), None)

@@ -14,7 +14,7 @@ def summary(study: Study, findings: Findings) -> str:
     first, *rest = [escaped(sentence) for sentence in findings.sentences if sentence]
     parts = [" ".join([f"**{first}**", *rest])]
     if findings.arms:
-        reference = f"Against rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}"
+        reference = f"Against {findings.reference_title(study)}, ε = {study.confirm.epsilon:g}"
         name = findings.arms[0].metric_name.capitalize()
         heads = ["Arm", "Test loss", "95 % interval", name, reference, "Trainable parameters"]
         rows = [_row(study, r) for r in findings.arms[:MOST_ARMS]]

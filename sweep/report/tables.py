@@ -67,7 +67,7 @@ def confirmed_table(study: Study, findings: Findings) -> Table:
         findings.arms[0].metric_name.capitalize() if findings.arms else "Metric",
         *(["Forgetting"] if forgets else []),
         "Against full fine-tuning",
-        f"Against rank {study.confirm.reference}, ε = {study.confirm.epsilon:g}",
+        f"Against {findings.reference_title(study)}, ε = {study.confirm.epsilon:g}",
         "Trainable parameters",
         "Peak memory",
         "Step time",

@@ -14,7 +14,7 @@ from scipy import stats
 
 from sweep.report.intervals import INFERIOR, LEVEL, NON_INFERIOR, t_interval
 from sweep.report.power import Power
-from sweep.report.results import ArmResult
+from sweep.report.results import ArmResult, Findings
 from sweep.report.search import SearchRow
 from sweep.report.words import join, loss_decimals, number, plural, rate
 from sweep.study.records import COMPLETE, PRUNED, SEARCH
@@ -183,13 +183,14 @@ def _meets(pruned: TrialRecord, other: TrialRecord, steps: int) -> int | None:
     return math.ceil(meeting) if meeting <= steps else None
 
 
-def power_line(study: Study, found: Power | None) -> str:
+def power_line(study: Study, findings: Findings) -> str:
     """What so many seeds could show, for the notes under the table; empty where it is not known."""
+    found = findings.power
     if found is None:
         return ""
     decimals = loss_decimals(study.confirm.epsilon)
     return (
         f"With {plural(found.seeds, 'seed')} and this spread (standard deviation of the paired differences "
         f"{number(found.sd, decimals)}, pooled over the arms) an ε of {number(found.epsilon, decimals)} or more is "
-        f"shown with a chance of 80 % for an arm that is truly as good as rank {study.confirm.reference}."
+        f"shown with a chance of 80 % for an arm that is truly as good as {findings.reference_title(study)}."
     )

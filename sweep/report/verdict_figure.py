@@ -23,7 +23,7 @@ Pick = Callable[[ArmResult], tuple[Interval | None, str | None]]
 def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
     """None where there is no difference with an interval."""
     families: list[tuple[str, Pick]] = [
-        (f"against rank {study.confirm.reference}", lambda r: (r.to_reference, r.verdict)),
+        (f"against {findings.reference_title(study)}", lambda r: (r.to_reference, r.verdict)),
         ("against full fine-tuning", lambda r: (r.to_full, r.full_verdict)),
     ]
     arms = [r for r in findings.arms if not r.arm.is_full]
