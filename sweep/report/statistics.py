@@ -57,9 +57,9 @@ def find(study: Study, record: StudyRecord) -> Findings:
         recommended = None
     edges = find_edges(study, rows)
     ended, planned = sum(t.state is not None for t in record.trials), _planned(study, record)
-    found = power(
-        [_paired(r, reference) for r in results if reference and r.in_sequence and r is not reference], epsilon
-    )
+    others = [r for r in results if r is not reference and not r.arm.is_full]
+    held = [r for r in others if r.in_sequence] or others
+    found = power([_paired(r, reference) for r in held if reference], epsilon)
     trials = {r.arm.name: confirm_trials(record, r.arm) for r in results}
     findings = Findings(
         arms=tuple(results),
