@@ -43,9 +43,10 @@ def test_the_seeds_that_are_asked_for_are_the_fewest_that_do() -> None:
 
 
 def test_spread_is_pooled_over_arms_about_the_mean_of_each() -> None:
-    found = power([[0.0, 0.2], [5.0, 5.2, 5.4], [1.0]], 0.05)
-    assert found and found.sd == pytest.approx((0.1 / 3) ** 0.5)  # squares 0.02 + 0.08 over 1 + 2 degrees of freedom
-    assert found.seeds == 2
+    found = power([[0.0, 0.2, 0.1], [5.0, 5.2, 5.4]], 0.05)
+    assert found and found.sd == pytest.approx((0.1 / 4) ** 0.5)  # squares 0.02 + 0.08 over 2 + 2 degrees of freedom
+    assert found.seeds == 3
+    assert power([[0.0, 0.2, 0.1], [5.0, 5.2, 5.4], [0.0, 9.0]], 0.05) == found  # an arm that lost a seed
     assert power([[0.1, 0.1]], 0.05) is None and power([], 0.05) is None
 
 
@@ -125,8 +126,11 @@ def test_a_test_set_too_small_for_a_claim_is_told_with_the_rows_it_wants(tmp_pat
     findings = with_rows(tmp_path, spread=0.8)
     result = findings.result("r4-ratio2")
     assert result and result.verdict == "non-inferior"
-    (told,) = [w for w in findings.warnings if "test rows" in w]
-    assert told.startswith("r4-ratio2: that it is non-inferior rests on 200 test rows, too few for the claim")
+    told, to_full = [w for w in findings.warnings if "test rows" in w]
+    assert to_full.startswith("r4-ratio2: that it is non-inferior to full fine-tuning rests on 200 test rows")
+    assert told.startswith(
+        "r4-ratio2: that it is non-inferior to rank 64 rests on 200 test rows, too few for the claim"
+    )
     # bound = 0 + t(0.95; 199) · sd / √200; rows wanted: 200 · (bound / 0.05)²
     sd = np.random.default_rng(8).normal(0, 0.8, 200).std(ddof=1)
     bound = stats.t.ppf(0.95, 199) * sd / 200**0.5

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sweep.report.intervals import Interval, t_interval
-from sweep.report.words import loss_decimals, number, plural, signed, span
+from sweep.report.words import join, number, plural, signed, span
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, CONFIRM
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
-
-ALIKE = 1.01  # products of ratio and rate that differ by less are one
 
 Cells = dict[tuple[float, float], dict[int, float]]  # (alpha ratio, learning rate) -> test loss by seed
 
@@ -27,9 +24,9 @@ class AlphaFit:
     title: str
     arms: tuple[Arm, ...]
     cells: Cells
+    seeds: int  # of the confirm phase
     exponent: Interval | None  # γ in best rate ∝ ratio^−γ, over seeds; 1: alpha is a learning rate, 0: it does nothing
-    swap: Interval | None  # loss at twice the alpha and half the rate, less that at the rate itself; over seeds
-    swapped: int  # pairs of cells behind that
+    on_edge: tuple[float, ...]  # ratios that are left out, since their best rate lies on the edge of what was tried
 
 
 def alpha_fits(study: Study, record: StudyRecord) -> list[AlphaFit]:
@@ -43,15 +40,16 @@ def alpha_fits(study: Study, record: StudyRecord) -> list[AlphaFit]:
         cells = _cells(record, arms)
         several = [a for a in arms if len([rate for ratio, rate in cells if ratio == a.alpha_ratio]) > 1]
         if len(several) > 1:
-            swap, swapped = _swap(cells)
+            windows, on_edge = best_windows(cells)
             title = arms[0].group if len(by_kind) == len({a[0].group for a in by_kind.values()}) else kind
-            fits.append(AlphaFit(title, tuple(arms), cells, _exponent(cells), swap, swapped))
+            exponent = exponent_of(cells, windows)
+            fits.append(AlphaFit(title, tuple(arms), cells, len(study.confirm.seeds), exponent, on_edge))
     return fits
 
 
-def alpha_sentences(study: Study, fits: Sequence[AlphaFit]) -> list[str]:
+def alpha_sentences(fits: Sequence[AlphaFit]) -> list[str]:
     """What each says, with its interval."""
-    return [_sentence(study, fit, len(fits) > 1) for fit in fits]
+    return [_sentence(fit, len(fits) > 1) for fit in fits]
 
 
 def _cells(record: StudyRecord, arms: list[Arm]) -> Cells:
@@ -65,79 +63,65 @@ def _cells(record: StudyRecord, arms: list[Arm]) -> Cells:
     return cells
 
 
-def _exponent(cells: Cells) -> Interval | None:
-    """γ over the seeds that give one; None under two of them."""
-    seeds = sorted({seed for losses in cells.values() for seed in losses})
-    found = [best_exponent({cell: losses[seed] for cell, losses in cells.items() if seed in losses}) for seed in seeds]
-    inside = [gamma for gamma in found if gamma is not None]
-    return t_interval(inside) if len(inside) > 1 else None
+def best_windows(cells: Cells) -> tuple[dict[float, list[float]], tuple[float, ...]]:
+    """The best rate of each ratio with the two beside it, by the mean over seeds; and the ratios whose best rate is on
+    the edge of what was tried.
 
-
-def best_exponent(losses: Mapping[tuple[float, float], float]) -> float | None:
-    """γ in best rate ∝ ratio^−γ, from losses by (ratio, rate): the least-squares slope of the logs.
-
-    A ratio whose best rate lies on the edge of what was tried is left out, since a better one may lie beyond; None
-    where fewer than three ratios are left (of two ratios, both must be).
+    Decided once for all seeds: were each seed to choose, noise would decide which of them count.
     """
-    ratios = sorted({ratio for ratio, _ in losses})
-    best = {ratio: best_rate({rate: loss for (own, rate), loss in losses.items() if own == ratio}) for ratio in ratios}
-    inside = [(ratio, rate) for ratio, rate in best.items() if rate is not None]
-    if len(inside) < max(2, min(3, len(ratios))):
+    windows, on_edge = {}, []
+    for ratio in sorted({ratio for ratio, _ in cells}):
+        rates = sorted(rate for own, rate in cells if own == ratio)
+        at = min(range(len(rates)), key=lambda i: np.mean(list(cells[ratio, rates[i]].values())))
+        if at in (0, len(rates) - 1):
+            on_edge.append(ratio)
+        else:
+            windows[ratio] = rates[at - 1 : at + 2]
+    return windows, tuple(on_edge)
+
+
+def exponent_of(cells: Cells, windows: Mapping[float, Sequence[float]]) -> Interval | None:
+    """γ over the seeds that completed the windows' cells; None under two of them, or three ratios (of two, two)."""
+    if len(windows) < max(2, min(3, len({ratio for ratio, _ in cells}))):
         return None
-    logs = np.log(inside)
-    return -float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
+    wanted = [(ratio, rate) for ratio, rates in windows.items() for rate in rates]
+    seeds = sorted(set.intersection(*(set(cells[cell]) for cell in wanted)))
+    found = []
+    for seed in seeds:
+        best = [lowest_point({rate: cells[ratio, rate][seed] for rate in rates}) for ratio, rates in windows.items()]
+        if all(rate is not None for rate in best):
+            found.append(-float(np.polyfit(np.log(list(windows)), np.log(np.array(best, dtype=float)), 1)[0]))
+    return t_interval(found) if len(found) > 1 else None
 
 
-def best_rate(losses: Mapping[float, float]) -> float | None:
-    """Where a parabola through the lowest loss and its two neighbours is lowest, both axes in logs; None on an edge."""
-    rates = sorted(losses)
-    at = min(range(len(rates)), key=lambda i: losses[rates[i]])
-    if at in (0, len(rates) - 1):
-        return None
-    around = rates[at - 1 : at + 2]
-    a, b, _ = np.polyfit(np.log(around), np.log([losses[rate] for rate in around]), 2)
-    return float(np.exp(-b / (2 * a)))
+def lowest_point(losses: Mapping[float, float]) -> float | None:
+    """Where the parabola through three losses by rate is lowest, in logs; None where it has no lowest point."""
+    a, b, _ = np.polyfit(np.log(list(losses)), np.log(list(losses.values())), 2)
+    return float(np.exp(-b / (2 * a))) if a > 0 else None
 
 
-def _swap(cells: Cells) -> tuple[Interval | None, int]:
-    """The mean over all pairs of cells with one product of ratio and rate, of ratios next to each other; by seed."""
-    ratios = sorted({ratio for ratio, _ in cells})
-    pairs = [
-        (higher, lower)
-        for lower in cells
-        for higher in cells
-        if ratios.index(higher[0]) == ratios.index(lower[0]) + 1
-        and max(math.prod(higher) / math.prod(lower), math.prod(lower) / math.prod(higher)) < ALIKE
-    ]
-    seeds = set.intersection(*(set(cells[cell]) for pair in pairs for cell in pair)) if pairs else set()
-    differences = [float(np.mean([cells[a][seed] - cells[b][seed] for a, b in pairs])) for seed in sorted(seeds)]
-    return (t_interval(differences) if differences else None), len(pairs)
-
-
-def _sentence(study: Study, fit: AlphaFit, named: bool) -> str:
-    where = f"At {fit.title}: the" if named else "The"
+def _sentence(fit: AlphaFit, named: bool) -> str:
+    where = f"At {fit.title} the" if named else "The"
     if fit.exponent is None:
         return (
-            f"{where} exponent of the best learning rate in alpha cannot be given: on fewer than two seeds do the best "
-            "rates of enough ratios lie within the grid."
+            f"{where} exponent of the best learning rate in alpha cannot be given: too few ratios have their best rate "
+            "within the grid, or fewer than two seeds completed the trials around it."
         )
     gamma = fit.exponent
     assert gamma.low is not None and gamma.high is not None
     named_values = ((0.0, "0 (alpha does nothing)"), (0.5, "1/2"), (1.0, "1 (alpha is a learning rate)"))
     held = [words for value, words in named_values if gamma.low <= value <= gamma.high]
-    fits = f"which does not exclude {' or '.join(held)}" if held else "which excludes 0, 1/2 and 1"
-    ends = span(gamma.low, gamma.high, 2)
-    text = (
-        f"{where} best learning rate fell with alpha as (alpha / r) to the power of {signed(-gamma.mean, 2)} (exponent "
-        f"{number(gamma.mean, 2)}, 95 % interval {ends}, {plural(gamma.n, 'seed')}; a ratio's best rate is the lowest "
-        f"point of a parabola through its lowest loss and the two beside it, and one on the edge is left out), {fits}."
+    moved = (
+        "fell with alpha"
+        if gamma.low > 0
+        else "rose with alpha"
+        if gamma.high < 0
+        else "is not shown to move with alpha"
     )
-    if fit.swap is None or fit.swap.low is None:
-        return text
-    decimals = loss_decimals(study.confirm.epsilon)
-    side = "higher" if fit.swap.mean > 0 else "lower"
-    return text + (
-        f" More alpha and less rate at one product of the two, next ratios held against each other in {fit.swapped} "
-        f"pairs of cells, made the test loss {number(abs(fit.swap.mean), decimals)} {side} on average "
-        f"(95 % interval {span(fit.swap.low, fit.swap.high, decimals, plus=True)}, {fit.swap.n} seeds)."
+    left_out = f"; without ratio {join([f'{r:g}' for r in fit.on_edge])}, best on the edge" if fit.on_edge else ""
+    return (
+        f"{where} best learning rate {moved}: it goes as alpha to the power of {signed(-gamma.mean, 2)} (exponent "
+        f"{number(gamma.mean, 2)}, 95 % interval {span(gamma.low, gamma.high, 2)}, {gamma.n} of "
+        f"{plural(fit.seeds, 'seed')}{left_out}), which "
+        + (f"does not exclude {' or '.join(held)}." if held else "excludes 0, 1/2 and 1.")
     )

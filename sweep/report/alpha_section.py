@@ -12,17 +12,18 @@ from sweep.report.intervals import t_interval
 from sweep.report.sections import Section
 from sweep.report.style import SERIES, legend_above, loss_axis, new_figure, readable_log
 from sweep.report.tables import Cell, Row, Table
-from sweep.report.words import loss_decimals, number, rate, span
+from sweep.report.words import loss_decimals, number, plural, rate, span
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 
 MARKERS = "osD^vP"
 MEANING = (
-    "If alpha were a learning rate, the best rate would fall as 1 / alpha: exponent 1, and the curves would lie on one "
-    "another once the rate is multiplied by alpha / r. If alpha did nothing the exponent would be 0. AdamW's steps do "
-    "not depend on the size of a gradient, so that twice the alpha is exactly twice the rate of B alone (A keeps its "
-    "own): 1 while A has hardly moved, and 1/2 where A's own steps matter as much, since the rate then counts twice "
-    "and alpha once."
+    "A ratio's best rate is the lowest point of a parabola, in logs, through the losses of a seed at the rate that is "
+    "best on average and at the two beside it. If alpha were a learning rate, the best rate would fall as 1 / alpha: "
+    "exponent 1, and the curves would lie on one another once the rate is multiplied by alpha / r. If alpha did "
+    "nothing the exponent would be 0. AdamW's steps do not depend on the size of a gradient, so that twice the alpha "
+    "is exactly twice the rate of B alone (A keeps its own): 1 while A has hardly moved, and 1/2 where A's own steps "
+    "matter as much, since the rate then counts twice and alpha once."
 )
 HEAD = " The classifier's head is trained at the learning rate too, and alpha does not reach it: that pulls towards 0."
 
@@ -37,7 +38,7 @@ def alpha_section(study: Study, record: StudyRecord, figures: Path) -> Section |
     meaning = MEANING + (HEAD if study.task != "causal-lm" else "")
     return Section(
         "Is alpha a learning rate?",
-        (*alpha_sentences(study, fits), meaning),
+        (*alpha_sentences(fits), meaning),
         tuple(
             (f"Test loss by alpha ratio and learning rate, {fit.title}: means with 95 % intervals", _table(study, fit))
             for fit in fits
@@ -116,7 +117,12 @@ def _table(study: Study, fit: AlphaFit) -> Table:
             cells.append(
                 Cell("–")
                 if interval is None
-                else Cell(number(interval.mean, decimals), span(interval.low, interval.high, decimals))
+                else Cell(
+                    number(interval.mean, decimals),
+                    span(interval.low, interval.high, decimals),
+                    "" if interval.n == fit.seeds else f"{interval.n} of {plural(fit.seeds, 'seed')}",
+                    interval.mean,
+                )
             )
         rows.append(Row((Cell(f"alpha ratio {ratio:g}"), *cells)))
     return Table(("Alpha ratio", *(f"rate {rate(at)}" for at in rates)), tuple(rows))

@@ -68,7 +68,8 @@ def judge(
     *Non-inferior*: the mean difference is shown to lie below ε, one-sided at 5 %. `sequence` holds one arm a rank,
     the largest first, in an order that stood before the confirm phase: each is tested at the full 5 % until the first
     that is not shown, and none after it, which keeps the chance of any false claim at 5 % (Maurer et al. 1995).
-    `aside` holds arms with no place in that order; they are tested side by side with Holm's correction.
+    `aside` holds arms with no place in that order; they are tested side by side with Holm's correction, a family of
+    their own: the chance of a false claim among them is 5 % more.
 
     *Inferior*: the mean difference is shown to lie above ε, one-sided at 5 %, with Holm's correction over all arms.
     It is the mirror of non-inferior about the margin that was declared. A difference shown to be above 0 but not above

@@ -51,13 +51,16 @@ def seeds_needed(sd: float, epsilon: float) -> int | None:
 
 
 def power(differences: Sequence[Sequence[float]], epsilon: float) -> Power | None:
-    """From the paired differences of each arm; None where no arm has two pairs, or none of them spreads."""
-    several = [np.asarray(d) for d in differences if len(d) > 1]
-    if not several:
+    """From the paired differences of each arm; None where no arm has two pairs, or none of them spreads.
+
+    An arm that lost seeds is left out: it must not stand for the others.
+    """
+    n = max((len(d) for d in differences), default=0)
+    several = [np.asarray(d) for d in differences if len(d) == n]
+    if n < 2:
         return None
     freedom = sum(len(d) - 1 for d in several)
     sd = math.sqrt(sum(float(((d - d.mean()) ** 2).sum()) for d in several) / freedom)
     if sd == 0:
         return None
-    n = min(len(d) for d in several)
     return Power(n, sd, showable_margin(sd, n), seeds_needed(sd, epsilon))

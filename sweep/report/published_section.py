@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sweep.report.results import ArmResult, Findings
 from sweep.report.sections import Section
 from sweep.report.tables import Cell, Row, Table
-from sweep.report.words import loss_decimals, number, rate, signed, span
+from sweep.report.words import join, loss_decimals, number, rate, signed, span
 from sweep.study.published import Published
 from sweep.study.schema import Study
 
@@ -94,12 +94,18 @@ def _rates(findings: Findings, entry: Published, published: float) -> str:
     said = f"{entry.source}: the best learning rate of LoRA was {published:g} times that of full fine-tuning"
     if full is None or not lora:
         return f"{said}. This study has no confirmed full fine-tuning to hold that against."
-    row = next(row for row in findings.search if row.arm.is_full)
-    steps = [high / low for low, high in zip(row.rates, row.rates[1:], strict=False)]
+    names = {full.arm.name, *(r.arm.name for r in lora)}
+    tried = [row.rates for row in findings.search if row.arm.name in names]
+    steps = [high / low for rates in tried for low, high in zip(rates, rates[1:], strict=False)]
+    edges = [edge.arm for edge in findings.edges if edge.arm in names]
+    bounds = f" On the edge of their grids, and so only bounds: {join(edges)}." if edges else ""
     shares = sorted({r.learning_rate / full.learning_rate for r in lora})
     ours = f"{shares[0]:.3g}" if len(shares) == 1 else f"{shares[0]:.3g} to {shares[-1]:.3g}"
     coarse = f" The rates that were tried lie {max(steps):.2g} times apart, and no more is known." if steps else ""
-    return f"{said}; here it was {ours} times {rate(full.learning_rate)}, over the confirmed arms.{coarse}"
+    return (
+        f"{said}; here it was {ours} times {rate(full.learning_rate)} over the "
+        f"confirmed arms, as search chose the rates on one seed.{coarse}{bounds}"
+    )
 
 
 def _places(value: float) -> int:

@@ -30,7 +30,7 @@ from sweep.report.training_figures import learning_curves, memory
 from sweep.report.traps import power_line
 from sweep.report.trials import write_trials
 from sweep.report.verdict_figure import verdicts
-from sweep.report.words import rate, without_paths
+from sweep.report.words import join, rate, without_paths
 from sweep.study.file import dump_study
 from sweep.study.schema import Study
 from sweep.tracking.analyses import read_analysis
@@ -153,11 +153,19 @@ def _table_note(study: Study, findings: Findings) -> str:
         f"Non-inferior: shown to lie less than ε = {epsilon} above {reference}, or above full fine-tuning "
         "(one-sided paired t test at 5 %, from the largest rank down, stopping at the first that is not shown). "
         "Inferior: shown to lie more than ε above it (the same test, with Holm's correction). "
-        "The two comparisons are two families of tests, each at 5 %. "
+        f"{_families(study, findings)} "
         "The intervals are two-sided at 95 % and so a little wider than what these tests need. "
         "Memory, step time and parameters are from solo probes."
         + (" Forgetting: the rise of the loss on source text; above 0 is forgotten." if study.forgetting else "")
     )
+
+
+def _families(study: Study, findings: Findings) -> str:
+    """What share of studies may hold a false claim, of each kind."""
+    aside = any(not r.in_sequence and r.verdict is not None for r in findings.arms)
+    kinds = ["non-inferior in the sequence", *(["non-inferior outside it (Holm)"] if aside else []), "inferior (Holm)"]
+    again = ", and again against full fine-tuning" if study.arms.full_finetuning else ""
+    return f"The chance of any false claim is at most 5 % for each kind: {join(kinds)}; against the reference{again}."
 
 
 def _limits(study: Study, record: StudyRecord) -> list[str]:

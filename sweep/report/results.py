@@ -54,7 +54,8 @@ class Findings:
     unlearned: str | None  # the arm that is not shown to be better than that, for which nothing is recommended
     recommended: str | None  # arm name
     recommended_trial: int | None  # its confirm trial with the lowest validation loss
-    power: Power | None  # what so many seeds could show; None where no two pairs are there
+    power: Power | None  # what so many seeds could show against the reference; None where no two pairs are there
+    power_to_full: Power | None  # and against full fine-tuning
     sentences: tuple[str, ...]  # the recommendation: what to use, what that saves and loses, what is not known
     warnings: tuple[str, ...]
     finished: bool

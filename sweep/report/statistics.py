@@ -26,7 +26,7 @@ from sweep.report.traps import (
     still_falling,
 )
 from sweep.report.truncation import truncation_warnings
-from sweep.report.words import join, plural, without_paths
+from sweep.report.words import join, plural, rate, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
 from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE
 from sweep.study.schema import Study, rate_values
@@ -57,9 +57,11 @@ def find(study: Study, record: StudyRecord) -> Findings:
         recommended = None
     edges = find_edges(study, rows)
     ended, planned = sum(t.state is not None for t in record.trials), _planned(study, record)
-    others = [r for r in results if r is not reference and not r.arm.is_full]
-    held = [r for r in others if r.in_sequence] or others
+    lora = [r for r in results if r is not reference and not r.arm.is_full]
+    held = [r for r in lora if r.in_sequence] or lora
     found = power([_paired(r, reference) for r in held if reference], epsilon)
+    full = next((r for r in results if r.arm.is_full), None)
+    to_full = power([_paired(r, full) for r in results if full and not r.arm.is_full], epsilon)
     trials = {r.arm.name: confirm_trials(record, r.arm) for r in results}
     findings = Findings(
         arms=tuple(results),
@@ -72,6 +74,7 @@ def find(study: Study, record: StudyRecord) -> Findings:
         recommended=recommended.arm.name if recommended else None,
         recommended_trial=_best_trial(record, recommended.arm) if recommended else None,
         power=found,
+        power_to_full=to_full,
         sentences=(),
         warnings=(
             *cautions(study, results, recommended, {r.arm.name: paired_interval(r, recommended) for r in results}),
@@ -87,8 +90,9 @@ def find(study: Study, record: StudyRecord) -> Findings:
         ended=ended,
         planned=max(planned, ended),
     )
-    first, *others = recommendation(study, findings)
-    return replace(findings, sentences=(first, *alpha_sentences(study, alpha_fits(study, record)), *others))
+    first, *rest = recommendation(study, findings)
+    of_alpha = alpha_sentences(alpha_fits(study, record)) if findings.recommended and findings.finished else []
+    return replace(findings, sentences=(first, *of_alpha, *rest))
 
 
 def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
@@ -152,7 +156,7 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
 
 
 def _compare(results: Sequence[ArmResult], study: Study, rows: Sequence[SearchRow]) -> list[ArmResult]:
-    """Differences to full fine-tuning and to the reference, and the verdicts: two families of tests, each at 5 %."""
+    """Differences to the reference and to full fine-tuning, and the verdicts, each a family of tests of its own."""
     full = next((r for r in results if r.arm.is_full), None)
     chosen = _chosen_of_ranks(results, study, rows)
     reference = chosen.get(study.confirm.reference)
@@ -291,6 +295,8 @@ def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], r
             if seeds:
                 left_out = f"{_seeds(seeds)} {what} and {_left(seeds)} left out of its means."
                 warnings.append(f"{result.arm.name}: {left_out}{so}")
+    for (arm, at, state), lost in _lost_elsewhere(record).items():
+        warnings.append(f"{arm} at {rate(at)}: {_seeds(lost)} {state} and {_left(lost)} left out there.")
     seeds_done = max((len(r.seeds) for r in results), default=0)
     if seeds_done and len(study.confirm.seeds) < FEW_SEEDS:
         n = plural(len(study.confirm.seeds), "confirm seed")
@@ -312,6 +318,19 @@ def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], r
     if record.prepared is not None and study.data.max_length is not None:
         warnings += truncation_warnings(record.prepared, study.task, study.data.max_length)
     return [*warnings, *(without_paths(w) for w in record.warnings)]
+
+
+def _lost_elsewhere(record: StudyRecord) -> dict[tuple[str, float, str], list[int]]:
+    """Seeds that did not complete at rates other than the arm's own, where every rate is confirmed."""
+    own = {
+        arm.name: {t.spec.number for t in confirm_trials(record, arm)} for arm in {t.spec.arm for t in record.trials}
+    }
+    lost: dict[tuple[str, float, str], list[int]] = {}
+    for trial in record.trials:
+        spec, ended = trial.spec, trial.state
+        if spec.phase == CONFIRM and spec.number not in own[spec.arm.name] and ended not in (None, COMPLETE):
+            lost.setdefault((spec.arm.name, spec.learning_rate, str(ended)), []).append(spec.seed)
+    return lost
 
 
 def _seeds(seeds: Sequence[int]) -> str:

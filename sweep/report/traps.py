@@ -31,8 +31,7 @@ Rows = Mapping[str, np.ndarray]  # of a trial's test set: "loss" (a sum) and "ta
 def same_effective_rate(rows: Sequence[SearchRow]) -> list[str]:
     """Arms that differ in alpha alone, and whose best rates in the search make up for it.
 
-    To choose between them is to choose between two learning rates: under AdamW another alpha is nearly another rate
-    (exactly, another rate of B alone).
+    Under AdamW another alpha is exactly another rate of B alone, so that alpha and rate moved together here.
     """
     told = []
     for a, b in combinations([row for row in rows if row.arm.r and row.best_rate], 2):
@@ -42,8 +41,8 @@ def same_effective_rate(rows: Sequence[SearchRow]) -> list[str]:
         if alike and max(ours, theirs) / min(ours, theirs) < SAME:
             told.append(
                 f"{a.arm.name} at {rate(first)} and {b.arm.name} at {rate(second)}, their best rates, differ in alpha "
-                f"alone and have the same scaling × learning rate ({rate(ours)}): to prefer one of them is hardly more "
-                "than to prefer a learning rate."
+                f"alone and have the same scaling × learning rate ({rate(ours)}): their comparison cannot tell alpha "
+                "from the learning rate."
             )
     return told
 
@@ -66,17 +65,21 @@ def few_seeds(study: Study, found: Power | None) -> list[str]:
 def small_test_set(
     study: Study, results: Sequence[ArmResult], reference: ArmResult | None, rows: Mapping[str, Sequence[Rows]]
 ) -> list[str]:
-    """Claims that other test rows might overturn. rows: by arm name, one for each of its seeds.
+    """Claims against the reference and against full fine-tuning that other test rows might overturn.
+
+    rows: by arm name, one for each of its seeds.
 
     Seeds share the test rows, so that an interval over seeds does not hold this uncertainty. Of each row the
     difference to the reference is taken, as the mean over the seeds; the mean over rows is a ratio of sums, and its
     standard error that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.13).
     """
     epsilon, decimals, told = study.confirm.epsilon, loss_decimals(study.confirm.epsilon), []
-    for result in results:
-        if reference is None or result.verdict not in (NON_INFERIOR, INFERIOR):
+    full = next((r for r in results if r.arm.is_full), None)
+    claims = [(r, reference, r.verdict) for r in results] + [(r, full, r.full_verdict) for r in results]
+    for result, against, verdict in claims:
+        if against is None or verdict not in (NON_INFERIOR, INFERIOR):
             continue
-        theirs = dict(zip(reference.seeds, rows.get(reference.arm.name, ()), strict=False))
+        theirs = dict(zip(against.seeds, rows.get(against.arm.name, ()), strict=False))
         ours = dict(zip(result.seeds, rows.get(result.arm.name, ()), strict=False))
         seeds = [seed for seed in ours if seed in theirs]
         if not seeds:
@@ -85,17 +88,16 @@ def small_test_set(
         loss_R = np.mean([ours[s]["loss"].astype(float) - theirs[s]["loss"].astype(float) for s in seeds], axis=0)
         mean, error = ratio_of_sums(loss_R, targets_R)
         half = float(stats.t.ppf(1 - LEVEL, len(loss_R) - 1)) * error
-        claim = result.verdict == NON_INFERIOR
+        claim = verdict == NON_INFERIOR
         end = mean + half if claim else mean - half
         if (end < epsilon) == claim:
             continue
         needed = math.ceil(len(loss_R) * (half / (epsilon - mean)) ** 2)
         told.append(
-            f"{result.arm.name}: that it is {result.verdict} rests on {plural(len(loss_R), 'test row')}, too few for "
-            f"the claim: over rows its difference to rank {reference.arm.r} may be as "
-            f"{'large' if claim else 'small'} as {number(end, decimals)} (one-sided 95 % bound), on the "
-            f"other side of ε = {epsilon:g}. "
-            f"About {needed:,} rows would do."
+            f"{result.arm.name}: that it is {verdict} to {against.arm.group} rests on "
+            f"{plural(len(loss_R), 'test row')}, too few for the claim: over rows the difference may be as "
+            f"{'large' if claim else 'small'} as {number(end, decimals)} (one-sided 95 % bound), on the other side of "
+            f"ε = {epsilon:g}. About {needed:,} rows would do."
         )
     return told
 
@@ -188,9 +190,10 @@ def power_line(study: Study, findings: Findings) -> str:
     found = findings.power
     if found is None:
         return ""
-    decimals = loss_decimals(study.confirm.epsilon)
+    decimals, full = loss_decimals(study.confirm.epsilon), findings.power_to_full
+    to_full = f", and {number(full.epsilon, decimals)} as full fine-tuning" if full is not None else ""
     return (
         f"With {plural(found.seeds, 'seed')} and this spread (standard deviation of the paired differences "
         f"{number(found.sd, decimals)}, pooled over the arms) an ε of {number(found.epsilon, decimals)} or more is "
-        f"shown with a chance of 80 % for an arm that is truly as good as {findings.reference_title(study)}."
+        f"shown with a chance of 80 % for an arm that is truly as good as {findings.reference_title(study)}{to_full}."
     )

@@ -53,12 +53,15 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
         + ", ".join(f"{r.arm.name} {signed(d.mean, 3)} {v}" for r in rows if (d := pick(r)[0]) for v in [pick(r)[1]])
         for title, pick, rows in shown
     )
+    aside = "; arms that search did not choose for their rank are tested with Holm's correction" * any(
+        not r.in_sequence for r in arms
+    )
     return figure, Drawn(
         "verdicts",
         "Differences, and what they show",
         "Test loss of each arm less that of the reference and of full fine-tuning, paired by seed: means with "
         "two-sided 95 % t-intervals; right of 0 is worse. An arm is non-inferior where its one-sided 95 % bound, the "
-        "small tick, lies left of the dashed ε, and so do those of all larger ranks.",
+        "small tick, lies left of the dashed ε and so do those of all larger ranks" + aside + ".",
         f"Differences of test loss with intervals. {told}.",
         Numbers(
             (
