@@ -10,34 +10,12 @@ import numpy as np
 import pytest
 from scipy import stats
 from synthetic import quickstart, write_study
+from verdict_studies import GOOD, SEEDS, find_in, verdicts
 
-from sweep.report.intervals import REFERENCE, holm, judge, p_above, p_below, t_interval
-from sweep.report.search import SearchRow, edge_warnings, find_edges
+from sweep.report.intervals import holm, judge, p_above, p_below, t_interval
 from sweep.report.sentences import recommendation
-from sweep.report.statistics import Findings, find
-from sweep.study.arms import Arm
-from sweep.study.records import CONFIRM, DIVERGED, FAILED, SEARCH
-
-SEEDS = [1, 2, 3, 4, 5]
-WOBBLE = dict(zip(SEEDS, (0.002, -0.001, 0.003, -0.002, 0.0), strict=True))
-
-
-def find_in(tmp_path: Path, loss_of: dict[int, float], *overrides: str, **how: object) -> Findings:
-    """The findings of a study whose test losses are loss_of[rank] plus an arm-and-seed wobble of a few thousandths."""
-    study = quickstart(*overrides)
-
-    def loss(arm: Arm, seed: int) -> float:
-        return loss_of[arm.r] + WOBBLE.get(seed, 0.0) * (1 + arm.r % 3) + 0.01 * seed
-
-    how.setdefault("ends", {})
-    return find(study, write_study(tmp_path / "study", study, loss, **how))  # type: ignore[arg-type]
-
-
-def verdicts(findings: Findings) -> dict[int, str | None]:
-    return {r.arm.r: r.verdict for r in findings.arms if not r.arm.is_full}
-
-
-GOOD = {0: 0.18, 2: 0.20, 4: 0.20, 8: 0.20, 64: 0.20}
+from sweep.report.statistics import find
+from sweep.study.records import CONFIRM, DIVERGED, FAILED
 
 
 def test_interval_is_students() -> None:
@@ -236,126 +214,10 @@ def test_search_alone_recommends_nothing(tmp_path: Path) -> None:
     assert (findings.ended, findings.planned) == (27, 52)
 
 
-def test_edge_names_arm_rate_side_and_next_grid(tmp_path: Path) -> None:
-    findings = find_in(tmp_path, GOOD)
-    assert [(e.arm, e.side) for e in findings.edges] == [("r2-ratio1", "upper"), ("r2-ratio2", "upper")]
-    assert findings.edges[0].next_grid == pytest.approx((0.00949, 0.03, 0.0949), rel=1e-3)
-    assert "r2-ratio1, r2-ratio2: the best learning rate, 0.03, is on the upper edge" in findings.warnings[0]
-
-
-def test_a_rate_that_diverged_is_still_an_end_of_the_grid(tmp_path: Path) -> None:
-    ends = {(SEARCH, f"r2-ratio{a}", 0.03): DIVERGED for a in (1, 2)}
-    assert find_in(tmp_path, GOOD, ends=ends).edges == ()
-
-
-DRAWN = ["search.sampler=random", "tune.learning_rate={low: 1.0e-4, high: 1.0e-2, values: 3}"]
-
-
-@pytest.mark.parametrize(
-    ("best", "side", "moved"),
-    [
-        (9.0e-3, "upper", (1e-3, 1e-1)),
-        (1.5e-4, "lower", (1e-5, 1e-3)),
-        (5.0e-3, None, None),  # the highest that was drawn, but not near the end of the range
-    ],
-)
-def test_a_drawn_rate_near_an_end_of_its_range_is_told_with_the_range_to_try(
-    best: float, side: str | None, moved: tuple[float, float] | None
-) -> None:
-    study = quickstart(*DRAWN)
-    arm = study.list_arms()[0]
-    row = SearchRow(arm, (5e-4, 1e-3, best), best, 0.3, complete=1, pruned=2, diverged=0, failed=0)
-    edges = find_edges(study, [row])
-    assert [(e.side, e.next_range) for e in edges] == ([(side, pytest.approx(moved))] if side else [])
-    if moved:
-        (warning,) = edge_warnings(edges)
-        assert f"r2-ratio1 ({best:g})" in warning and f"low: {moved[0]:g}, high: {moved[1]:g}" in warning
-
-
-def test_drawn_rates_are_not_judged_before_all_were_tried() -> None:
-    study = quickstart(*DRAWN)
-    row = SearchRow(study.list_arms()[0], (9e-3,), 9e-3, 0.3, complete=1, pruned=1, diverged=0, failed=0)
-    assert find_edges(study, [row]) == ()
-
-
 def test_same_data_same_sentences(tmp_path: Path) -> None:
     study = quickstart()
     first, second = (find(study, write_study(tmp_path / name, study)) for name in ("a", "b"))
     assert first.sentences == second.sentences and first.warnings == second.warnings
-
-
-def given(folder: Path, losses: dict[int, list[float]], chance: float, *overrides: str) -> Findings:
-    """Findings of test losses by rank and seed."""
-    study = quickstart(*overrides)
-    rest = [0.40, 0.41, 0.42, 0.41, 0.41]
-    record = write_study(
-        folder, study, lambda arm, seed: losses.get(arm.r, rest)[seed - 1], ends={}, chance=(chance, 0.2)
-    )
-    return find(study, record)
-
-
-# mean 0.670, sd 0.0070711, t(0.95; 4) = 2.1318: its one-sided bound is 0.670 + 2.1318 * 0.0070711 / √5 = 0.67674
-IDLE = [0.66, 0.67, 0.67, 0.67, 0.68]
-
-
-def test_nothing_is_recommended_against_a_reference_that_learned_nothing(tmp_path: Path) -> None:
-    findings = given(tmp_path / "a", {64: IDLE}, 0.673)
-    assert (findings.recommended, findings.recommended_trial, findings.unlearned) == (None, None, "r64-ratio2")
-    assert findings.sentences[0] == (
-        "Nothing can be concluded: rank 64 was not shown to have learned anything, its test loss 0.670 against 0.673 "
-        "for always answering by the labels' frequencies; train longer or at other learning rates."
-    )
-    assert given(tmp_path / "b", {64: IDLE}, 0.6767).recommended is None
-    assert given(tmp_path / "c", {64: IDLE}, 0.6768).recommended == "r2-ratio2"
-
-
-def test_an_arm_that_learned_nothing_is_not_recommended(tmp_path: Path) -> None:
-    findings = given(tmp_path, {2: IDLE}, 0.673, "confirm.epsilon=0.5")
-    assert (findings.recommended, findings.unlearned) == (None, "r2-ratio2")
-    assert findings.sentences[0].startswith("Nothing can be concluded: rank 2 was not shown")
-    assert "ε = 0.5 is wide" in findings.sentences[1]
-
-
-@pytest.mark.parametrize(("chance", "recommended"), [(0.66, None), (0.67, "r64-ratio2")])
-def test_one_seed_has_no_bound_and_must_be_below_chance_itself(
-    tmp_path: Path, chance: float, recommended: str | None
-) -> None:
-    assert given(tmp_path, {64: IDLE}, chance, "confirm.seeds=[1]").recommended == recommended
-
-
-def test_finalists_that_are_better_by_more_than_epsilon_are_told(tmp_path: Path) -> None:
-    # full − rank 2 by seed: −0.10, −0.11, −0.12, −0.11, −0.09: mean −0.106, sd 0.011402, t(0.975; 4) = 2.7764,
-    # so ± 2.7764 * 0.011402 / √5 = 0.01416. Rank 8 is 0.04 lower: less than ε.
-    full, rank8 = [0.30, 0.30, 0.30, 0.30, 0.32], [0.36, 0.37, 0.38, 0.37, 0.37]
-    findings = given(tmp_path, {0: full, 8: rank8, 64: [0.39, 0.40, 0.41, 0.40, 0.40]}, 1.6)
-    assert findings.recommended == "r2-ratio2"
-    assert [w for w in findings.warnings if "recommended arm" in w] == [
-        "full fine-tuning's test loss is 0.106 lower than that of the recommended arm (95 % interval −0.120 to "
-        "−0.092, 5 paired seeds), more than ε = 0.05."
-    ]
-    assert not any("highest loss" in w for w in findings.warnings)
-
-
-def test_a_bad_reference_is_told_though_another_arm_of_its_rank_is_worse(tmp_path: Path) -> None:
-    study = quickstart("confirm.finalists=arm")
-
-    def loss(arm: Arm, seed: int) -> float:
-        return 0.4 if arm.r != 64 else IDLE[seed - 1] + (0.2 if arm.alpha_ratio == 2 else 0)
-
-    record = write_study(tmp_path, study, loss, ends={}, chance=(1.6, 0.2))
-    findings = find(study, record)
-    worst = max(findings.arms, key=lambda result: result.loss_mean)
-    assert worst.arm.name == "r64-ratio2" and worst.verdict != REFERENCE
-    assert any("the reference, rank 64, has the highest loss of all ranks (0.670" in w for w in findings.warnings)
-
-
-def test_a_reference_with_the_highest_loss_is_told(tmp_path: Path) -> None:
-    # 0.670 ± 2.7764 * 0.0070711 / √5 = 0.00878
-    findings = given(tmp_path, {64: IDLE, 0: [0.9] * 5}, 1.6)
-    assert findings.warnings[0] == (
-        "the reference, rank 64, has the highest loss of all ranks (0.670, 95 % interval 0.661 to 0.679): it may be "
-        "badly tuned, and being non-inferior to it says little."
-    )
 
 
 def test_a_study_of_one_rank_has_nothing_to_stay_with(tmp_path: Path) -> None:

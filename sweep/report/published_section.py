@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from sweep.report.results import ArmResult, Findings
 from sweep.report.sections import Section
@@ -96,7 +97,7 @@ def _rates(findings: Findings, entry: Published, published: float) -> str:
         return f"{said}. This study has no confirmed full fine-tuning to hold that against."
     names = {full.arm.name, *(r.arm.name for r in lora)}
     tried = [row.rates for row in findings.search if row.arm.name in names]
-    steps = [high / low for rates in tried for low, high in zip(rates, rates[1:], strict=False)]
+    steps = [high / low for rates in tried for low, high in pairwise(rates)]
     edges = [edge.arm for edge in findings.edges if edge.arm in names]
     bounds = f" On the edge of their grids, and so only bounds: {join(edges)}." if edges else ""
     shares = sorted({r.learning_rate / full.learning_rate for r in lora})
