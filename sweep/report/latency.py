@@ -187,6 +187,8 @@ def _said(cells: Sequence[CellFound], variant: dict[str, Any]) -> str:
         parts = [f"shown slower at {slower} of {counted}" if slower else f"shown slower at none of {counted}"]
         parts += [f"shown faster at {faster}"] if faster else []
         shown = ", ".join(parts)
+    if at == there:
+        return f"{name}: {signed(least, 1)} % ({at}); {shown}."
     return f"{name}: {signed(least, 1)} % ({at}) to {signed(most, 1)} % ({there}); {shown}."
 
 
