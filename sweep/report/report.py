@@ -148,9 +148,10 @@ def _view(
 
 def _table_note(study: Study, findings: Findings) -> str:
     reference, epsilon = findings.reference_title(study), f"{study.confirm.epsilon:g}"
+    or_full = ", or above full fine-tuning" if study.arms.full_finetuning else ""
     return (
         "Differences are paired by seed; a difference above 0 is a higher, worse loss. "
-        f"Non-inferior: shown to lie less than ε = {epsilon} above {reference}, or above full fine-tuning "
+        f"Non-inferior: shown to lie less than ε = {epsilon} above {reference}{or_full} "
         "(one-sided paired t test at 5 %, from the largest rank down, stopping at the first that is not shown). "
         "Inferior: shown to lie more than ε above it (the same test, with Holm's correction). "
         f"{_families(study, findings)} "

@@ -66,7 +66,7 @@ def confirmed_table(study: Study, findings: Findings) -> Table:
         "Test loss",
         findings.arms[0].metric_name.capitalize() if findings.arms else "Metric",
         *(["Forgetting"] if forgets else []),
-        "Against full fine-tuning",
+        *(["Against full fine-tuning"] if study.arms.full_finetuning else []),
         f"Against {findings.reference_title(study)}, ε = {study.confirm.epsilon:g}",
         "Trainable parameters",
         "Peak memory",
@@ -218,7 +218,11 @@ def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) ->
             value=result.metric_mean,
         ),
         *([change(result.forgetting, decimals)] if forgets else []),
-        Cell(result.full_verdict or "–", to_full, result.full_note, means[0]),
+        *(
+            [Cell(result.full_verdict or "–", to_full, result.full_note, means[0])]
+            if study.arms.full_finetuning
+            else []
+        ),
         Cell(result.verdict or "–", against, result.note, means[1]),
         Cell(count(result.trainable_params), value=result.trainable_params),
         Cell(size(cost.peak_memory_bytes if cost else None), value=cost.peak_memory_bytes if cost else None),

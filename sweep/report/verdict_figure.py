@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from sweep.report.drawing import Drawn, Numbers
 from sweep.report.intervals import INCONCLUSIVE, INFERIOR, NON_INFERIOR, Interval
@@ -59,7 +60,7 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
     return figure, Drawn(
         "verdicts",
         "Differences, and what they show",
-        "Test loss of each arm less that of the reference and of full fine-tuning, paired by seed: means with "
+        f"Test loss of each arm less that of {' and of '.join(t.removeprefix('against ') for t, *_ in shown)}, paired by seed: means with "
         "two-sided 95 % t-intervals; right of 0 is worse. An arm is non-inferior where its one-sided 95 % bound, the "
         "small tick, lies left of the dashed ε and so do those of all larger ranks" + aside + ".",
         f"Differences of test loss with intervals. {told}.",
@@ -112,6 +113,7 @@ def _panel(axes: Axes, title: str, rows: Sequence[tuple[int, Interval | None, st
     axes.set_title(title)
     axes.grid(False, axis="y")
     axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(4 if is_narrow() else 6))
 
 
 def _key(verdict: str) -> Line2D:
