@@ -57,11 +57,11 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
     aside = "; arms that search did not choose for their rank are tested with Holm's correction" * any(
         not r.in_sequence for r in arms
     )
+    whose = " and of ".join(title.removeprefix("against ") for title, *_ in shown)
     return figure, Drawn(
         "verdicts",
         "Differences, and what they show",
-        f"Test loss of each arm less that of {' and of '.join(t.removeprefix('against ') for t, *_ in shown)}, paired by seed: means with "
-        "two-sided 95 % t-intervals; right of 0 is worse. An arm is non-inferior where its one-sided 95 % bound, the "
+        f"Test loss of each arm less that of {whose}, paired by seed: means with two-sided 95 % t-intervals; right of 0 is worse. An arm is non-inferior where its one-sided 95 % bound, the "
         "small tick, lies left of the dashed ε and so do those of all larger ranks" + aside + ".",
         f"Differences of test loss with intervals. {told}.",
         Numbers(
