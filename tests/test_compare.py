@@ -33,6 +33,7 @@ def ran(*overrides: str, found: dict[str, Any] | None = None, root: Path) -> Ran
         (["confirm.seeds=[7,8,9]"], {}, (), "losses costs"),
         (["confirm.epsilon=0.02", "confirm.reference=8", "arms.rank=[4,8]"], {}, (), "losses costs"),
         (["question=Again?", "storage=sqlite:///x.db", "latency={}"], {"pack_size": 3}, (), "losses costs"),
+        (["published=[{source: a paper, says: Rank 4 is enough}]"], {}, (), "losses costs"),
         (["train.steps=200", "search.rungs=[50,100,200]"], {}, ("train.steps",), "losses costs"),
         (["search.rungs=[20,40]"], {}, ("the search",), "losses costs"),
         (["model=other"], OTHER_MODEL, ("the model",), "losses costs"),

@@ -54,6 +54,12 @@ def test_every_file_is_there_and_asks_nothing_of_the_network(report: tuple[list[
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
+def test_that_studies_are_independent_is_an_assumption_and_no_claim(tmp_path: Path) -> None:
+    """Two studies of equal seeds, model and data are not independent."""
+    write_comparison([made(tmp_path, "one"), made(tmp_path, "same", seed=3)], tmp_path / "out")
+    assert "and treated as independent across studies (Welch's t)" in (tmp_path / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["report.html", "report.md"])
 def test_both_pages_say_what_may_not_be_compared_and_whose_warnings_are_whose(
     report: tuple[list[Made], Path], name: str

@@ -38,6 +38,10 @@ def git(folder: Path, *words: str) -> str:
             "sweep run a.yaml --set storage=…",
         ),
         (
+            ["sweep", "run", "a.yaml", f"--set=storage=postgresql://me:pw@{CANARY}/db"],
+            "sweep run a.yaml --set=storage=…",
+        ),
+        (
             ["sweep", "run", "a.yaml", "--set", f"data.source=https://me:{CANARY}@h/rows.csv?token={CANARY}"],
             "sweep run a.yaml --set 'data.source=https://h/rows.csv?token=…'",
         ),

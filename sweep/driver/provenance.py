@@ -19,6 +19,7 @@ from sweep.report.words import without_paths
 
 SECONDS = 10  # for another program to answer
 TO_LAST_PART = re.compile(r"(^|=)~?/.*/")  # an absolute path, blanks and all
+STORAGE = re.compile(r"(.*=)?storage=")  # --set storage=URL, or --set=storage=URL in one word
 
 
 def describe_session() -> dict[str, Any]:
@@ -55,8 +56,9 @@ def find_commit(package: Path) -> str:
 
 
 def _shown(word: str) -> str:
-    if word.startswith("storage="):
-        return "storage=…"
+    before = STORAGE.match(word)
+    if before:
+        return f"{before[0]}…"
     cut = without_paths(TO_LAST_PART.sub(r"\1…/", word))
     return cut if re.fullmatch(r"[\w@%+=:,./…-]+", cut) else shlex.quote(cut)
 

@@ -134,8 +134,9 @@ def _contrasts(found: Sequence[Contrast], left_out: Sequence[str], decimals: int
     if not found:
         return Section(title, ("No two of them can be held against one another.", *reasons))
     how = (
-        f"{shown_to_differ(found, decimals)} Differences are paired by seed within a study and independent across "
-        "studies (Welch's t). Intervals are two-sided at 95 %, each for itself; p is corrected over all rows by Holm."
+        f"{shown_to_differ(found, decimals)} Differences are paired by seed within a study and treated as "
+        "independent across studies (Welch's t). Intervals are two-sided at 95 %, each for itself; p is corrected over "
+        "all rows by Holm."
     )
     caption = "Difference to the reference in two studies, and the second less the first"
     return Section(title, (how, *reasons), ((caption, contrasts_table(found, decimals)),))

@@ -121,8 +121,9 @@ def contrasts(compared: Sequence[Compared]) -> tuple[tuple[Contrast, ...], tuple
     loss: elsewhere the two numbers are of different quantities. Two means of differences, each paired by seed within
     its study, are held against each other with Welch's t, which asks for no equal spread. They are not paired across
     studies, even with equal seeds and data: a seed draws other weights in another model and other batches at another
-    batch size, so what would be paired is not known to go together. Where it does go together, and the two rise and
-    fall alike, Welch's interval is too wide and not too narrow.
+    batch size, so what would be paired is not known to go together. They are treated as independent, which two studies
+    of equal seeds, model and data are not: where their differences correlate positively over the seeds, Welch's
+    interval is too wide; where they correlated negatively, it would be too narrow.
     An arm that diverged on a seed is left out, as the seeds that are left were chosen by their outcome.
     """
     found: list[Contrast] = []

@@ -39,6 +39,7 @@ _PLACES = {  # by key, or by what stands before its first dot; a key that is not
     "rank_use": BESIDE,
     "latency": BESIDE,
     "forgetting": BESIDE,
+    "published": BESIDE,
     "device": MACHINE,
     "precision": CALIBRATED,
     "attention": CALIBRATED,

@@ -198,7 +198,3 @@ def pareto(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
             ],
         ),
     )
-
-
-def _yes(whether: bool) -> str:
-    return "yes" if whether else "no"

@@ -55,11 +55,6 @@ def _list_versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
-def _commit(session: Mapping[str, Any]) -> str:
-    installed = "none: run from an installed package" if "hardware" in session else ""  # which older sessions lack
-    return str(session.get("commit", installed))
-
-
 def _hardware(hardware: Mapping[str, Any]) -> str:
     if not hardware:
         return ""
