@@ -10,6 +10,7 @@ import numpy as np
 
 from sweep.report.alpha import alpha_fits, alpha_sentences
 from sweep.report.cautions import cautions, first_unlearned
+from sweep.report.confirmed import confirm_trials
 from sweep.report.forgetting import at_the_end
 from sweep.report.infeasible import infeasible_warnings
 from sweep.report.intervals import INFERIOR, NON_INFERIOR, REFERENCE, Interval, judge, t_interval
@@ -28,9 +29,9 @@ from sweep.report.traps import (
 from sweep.report.truncation import truncation_warnings
 from sweep.report.words import join, plural, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
-from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE
+from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE
 from sweep.study.schema import Study, rate_values
-from sweep.tracking.journal import StudyRecord, TrialRecord
+from sweep.tracking.journal import StudyRecord
 
 __all__ = ["ArmResult", "Findings", "find"]
 
@@ -89,13 +90,6 @@ def find(study: Study, record: StudyRecord) -> Findings:
     )
     first, *others = recommendation(study, findings)
     return replace(findings, sentences=(first, *alpha_sentences(study, alpha_fits(study, record)), *others))
-
-
-def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
-    """The arm's trials at the rate that search chose for it: where all rates are confirmed, the first of them."""
-    trials = [t for t in record.trials if t.spec.phase == CONFIRM and t.spec.arm.name == arm.name]
-    chosen = next((rate for name, rate in record.finalists if name == arm.name), None)
-    return [t for t in trials if chosen is None or t.spec.learning_rate == chosen]
 
 
 def confirmed_of_ranks(study: Study, record: StudyRecord) -> dict[int, Arm]:
