@@ -12,12 +12,14 @@ from pathlib import Path
 from sweep.adapters.export import Exported, ExportError, check_in_fresh_process, export
 from sweep.console import validation_loss
 from sweep.exits import FAILED, Refused
+from sweep.report.confirmed import confirm_trials
 from sweep.report.report import write_report
-from sweep.report.results import Findings
+from sweep.report.results import ArmResult, Findings
 from sweep.report.statistics import find
 from sweep.report.summary import summary
+from sweep.report.words import rate
 from sweep.study.home import Home, StudyFolder, find_home
-from sweep.study.records import COMPLETE, CONFIRM
+from sweep.study.records import COMPLETE, CONFIRM, TrialSpec
 from sweep.study.schema import Study
 from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
@@ -104,8 +106,8 @@ def register_exported(
     The alias is set once a fresh process, with MLflow alone, has got the engine's own logits from that version.
     """
     findings, tracking, spec = find(study, record), find_tracking(home), trial.spec
-    recommended = spec.arm.name == findings.recommended and spec.phase == CONFIRM
-    alias = "recommended" if recommended else alias_of(spec.arm.name)
+    held = _result_of(findings, spec)
+    alias = "recommended" if held is not None and held.arm.name == findings.recommended else alias_of(spec.arm.name)
     base = "The base model is not in MLflow; it is found by its name, " + without_credentials(study.model)
     if study.pretrain is not None:
         base = "The base model, which the study itself made, is with it"
@@ -127,12 +129,17 @@ def register_exported(
 
 
 def evidence_for(findings: Findings, trial: TrialRecord) -> str:
-    """What the study knows of the trial's arm, for its model card."""
-    spec = trial.spec
-    if spec.arm.name == findings.recommended and spec.phase == CONFIRM:
+    """What the study knows of the trial's arm at its learning rate, for its model card."""
+    spec, result = trial.spec, _result_of(findings, trial.spec)
+    if result is not None and result.arm.name == findings.recommended:
         return " ".join(findings.sentences)
-    result = findings.result(spec.arm.name)
-    if spec.phase != CONFIRM or result is None or result.loss_low is None:
+    chosen = findings.result(spec.arm.name)
+    if spec.phase == CONFIRM and chosen is not None and result is None:
+        known = (
+            f"Search chose learning rate {rate(chosen.learning_rate)} for this arm; this trial has "
+            f"{rate(spec.learning_rate)}, and the arm's confirmed test loss says nothing of it."
+        )
+    elif result is None or result.loss_low is None:
         known = "This trial is not confirmed on fresh seeds: a search score chose it, and search scores are no results."
     else:
         known = (
@@ -142,8 +149,15 @@ def evidence_for(findings: Findings, trial: TrialRecord) -> str:
     return f"{known} What the study recommends: {findings.sentences[0]}"
 
 
+def _result_of(findings: Findings, spec: TrialSpec) -> ArmResult | None:
+    """The result that the trial is part of; None in search, and at a rate that search did not choose."""
+    result = findings.result(spec.arm.name)
+    held = result is not None and spec.phase == CONFIRM and spec.learning_rate == result.learning_rate
+    return result if held else None
+
+
 def _choose_trial(record: StudyRecord, findings: Findings, arm: str | None, number: int | None) -> TrialRecord:
-    """The trial named, or the arm's trial with the lowest validation loss, of the confirm phase where it has one."""
+    """The trial named, or the arm's with the lowest validation loss, of those that its result rests on if any did."""
     if number is None and arm is None:
         number = findings.recommended_trial
         if number is None:
@@ -157,10 +171,10 @@ def _choose_trial(record: StudyRecord, findings: Findings, arm: str | None, numb
     if arm not in names:
         raise Refused(f"no arm {arm!r}; the study has {', '.join(names)}")
     ended = [trial for trial in record.trials if trial.spec.arm.name == arm and trial.state == COMPLETE]
-    ended = [trial for trial in ended if trial.spec.phase == CONFIRM] or ended
     if not ended:
         raise Refused(f"no trial of arm {arm!r} has completed", code=FAILED)
-    return min(ended, key=validation_loss)
+    confirmed = [trial for trial in confirm_trials(record, ended[0].spec.arm) if trial.state == COMPLETE]
+    return min(confirmed or ended, key=validation_loss)
 
 
 def _with_adapter(places: Places, study: Study, record: StudyRecord, findings: Findings, cache: Path) -> Places:

@@ -16,9 +16,10 @@ from synthetic import quickstart, write_study
 from sweep.driver.plan import confirm_slots, count_finalists, pick_finalists, search_slots
 from sweep.driver.pricing import confirm_work
 from sweep.report.alpha import AlphaFit, Cells, alpha_fits, alpha_sentences, best_windows, exponent_of, lowest_point
+from sweep.report.confirmed import confirm_trials
 from sweep.report.intervals import Interval
 from sweep.report.report import write_report
-from sweep.report.statistics import confirm_trials, find
+from sweep.report.statistics import find
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, SEARCH
 from sweep.study.schema import rate_values

@@ -155,7 +155,7 @@ def test_a_dry_run_shows_every_arm_and_leaves_no_study(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for arm in quickstart().list_arms():
         assert any(line.split()[:1] == [arm.name] for line in done.stdout.splitlines())
-    assert "9 arms, 27 search trials" in done.stdout
+    assert "9 arms, 36 search trials" in done.stdout
     below = " ".join(done.stdout.split())
     assert "probed alone for a few steps: r2-lora-query+value, r64-lora-query+value, full" in below
     assert re.search(

@@ -17,8 +17,9 @@ import torch
 from sweep.lora.adapter import Adapter, install, pack_order, remove
 from sweep.lora.lowrank import weighted_sum
 from sweep.lora.methods import State
+from sweep.report.confirmed import confirm_trials
 from sweep.study.errors import FieldError
-from sweep.study.records import COMPLETE, CONFIRM, Prepared, TrialSpec
+from sweep.study.records import COMPLETE, Prepared, TrialSpec
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 from sweep.training.base import Base, load_base
@@ -114,9 +115,10 @@ def _refuse_other_data(
 def _confirmed(domain: str, record: StudyRecord) -> list[Measured]:
     """The domain's confirm trials that completed, full fine-tuning left out: it has no adapter."""
     found = []
-    for trial in record.trials:
+    arms = {trial.spec.arm.name: trial.spec.arm for trial in record.trials if not trial.spec.arm.is_full}
+    for trial in (trial for arm in arms.values() for trial in confirm_trials(record, arm)):
         spec = trial.spec
-        if spec.phase == CONFIRM and trial.state == COMPLETE and trial.last is not None and not spec.arm.is_full:
+        if trial.state == COMPLETE and trial.last is not None:
             state = load_weights(Path(spec.folder) / trial.last.checkpoint)
             found.append(
                 Measured(domain, spec.arm.r, spec.seed, _adapter(spec, state), spec.arm.name, spec.learning_rate)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sweep.adapters.merge import merged_weight
 from sweep.adapters.serve import plan_slots
 from sweep.lora.adapter import Adapter, install, pack_order, remove
-from sweep.report.statistics import confirm_trials, confirmed_of_ranks
+from sweep.report.confirmed import confirm_trials
+from sweep.report.statistics import confirmed_of_ranks
 from sweep.study.arms import Arm
 from sweep.study.errors import FieldError
 from sweep.study.records import COMPLETE

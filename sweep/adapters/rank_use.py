@@ -27,7 +27,8 @@ from sweep.lora.spectra import (
     random_rows,
     row_space,
 )
-from sweep.report.statistics import confirm_trials, confirmed_of_ranks
+from sweep.report.confirmed import confirm_trials
+from sweep.report.statistics import confirmed_of_ranks
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, TrialSpec
 from sweep.study.schema import RankUse, Study

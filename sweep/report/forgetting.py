@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from sweep.report.confirmed import confirm_trials
 from sweep.report.intervals import Interval, t_interval
 from sweep.study.arms import Arm
-from sweep.study.records import COMPLETE, CONFIRM
+from sweep.study.records import COMPLETE
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -77,7 +78,8 @@ def match(study: Study, record: StudyRecord, baseline: str | None) -> list[Match
     """
     courses: dict[str, dict[int, list[Point]]] = {}
     asked: dict[str, list[int]] = {}
-    for trial in (t for t in record.trials if t.spec.phase == CONFIRM and t.state is not None):
+    confirmed = [trial for arm in study.list_arms() for trial in confirm_trials(record, arm)]
+    for trial in (t for t in confirmed if t.state is not None):
         name, seed = trial.spec.arm.name, trial.spec.seed
         asked.setdefault(name, []).append(seed)
         if trial.state == COMPLETE and (points := course(record, trial)):

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from sweep.report.confirmed import confirm_trials
 from sweep.report.drawing import Drawn, Numbers, draw
 from sweep.report.forgetting import Matched, course, match
 from sweep.report.intervals import Interval
 from sweep.report.results import Findings
 from sweep.report.sections import Section
-from sweep.report.statistics import confirm_trials
 from sweep.report.style import FAINT, SERIES, SOFT, WHITE, legend_above, new_figure, wrapped
 from sweep.report.tables import Cell, Row, Table, change
 from sweep.report.words import arm_title, join, loss_decimals, number, plural, signed, span, without_paths

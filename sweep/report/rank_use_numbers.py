@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from sweep.report.confirmed import confirm_trials
 from sweep.report.intervals import Interval, t_interval
-from sweep.report.statistics import confirm_trials
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE
 from sweep.study.schema import Study

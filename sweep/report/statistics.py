@@ -10,6 +10,7 @@ import numpy as np
 
 from sweep.report.alpha import alpha_fits, alpha_sentences
 from sweep.report.cautions import cautions, first_unlearned
+from sweep.report.confirmed import confirm_trials
 from sweep.report.forgetting import at_the_end
 from sweep.report.infeasible import infeasible_warnings
 from sweep.report.intervals import INFERIOR, NON_INFERIOR, REFERENCE, Interval, judge, t_interval
@@ -30,7 +31,7 @@ from sweep.report.words import join, plural, rate, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
 from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE
 from sweep.study.schema import Study, rate_values
-from sweep.tracking.journal import StudyRecord, TrialRecord
+from sweep.tracking.journal import StudyRecord
 
 __all__ = ["ArmResult", "Findings", "find"]
 
@@ -93,13 +94,6 @@ def find(study: Study, record: StudyRecord) -> Findings:
     first, *rest = recommendation(study, findings)
     of_alpha = alpha_sentences(alpha_fits(study, record)) if findings.recommended and findings.finished else []
     return replace(findings, sentences=(first, *of_alpha, *rest))
-
-
-def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
-    """The arm's trials at the rate that search chose for it: where all rates are confirmed, the first of them."""
-    trials = [t for t in record.trials if t.spec.phase == CONFIRM and t.spec.arm.name == arm.name]
-    chosen = next((rate for name, rate in record.finalists if name == arm.name), None)
-    return [t for t in trials if chosen is None or t.spec.learning_rate == chosen]
 
 
 def confirmed_of_ranks(study: Study, record: StudyRecord) -> dict[int, Arm]:

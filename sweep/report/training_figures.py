@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from sweep.report.confirmed import confirm_trials
 from sweep.report.drawing import Drawn, Numbers
 from sweep.report.marks import colour_of, short_name
 from sweep.report.results import Findings
-from sweep.report.statistics import confirm_trials
 from sweep.report.style import (
     BLUE,
     GREEN,
