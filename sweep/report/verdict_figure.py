@@ -61,9 +61,9 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
     return figure, Drawn(
         "verdicts",
         "Differences, and what they show",
-        f"Test loss of each arm less that of {whose}, paired by seed: means with two-sided 95 % t-intervals; right of "
-        "0 is worse. An arm is non-inferior where its one-sided 95 % bound, the small tick, lies left of the dashed ε and "
-        "so do those of all larger ranks" + aside + ".",
+        f"Test loss of each arm less that of {whose}, paired by seed: means with two-sided 95 % t-intervals. "
+        "Right of 0 is worse. An arm is non-inferior where its one-sided 95 % bound, the small tick, lies left of the "
+        "dashed ε and so do those of all larger ranks" + aside + ".",
         f"Differences of test loss with intervals. {told}.",
         Numbers(
             (
