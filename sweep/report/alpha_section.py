@@ -116,7 +116,9 @@ def _table(study: Study, fit: AlphaFit) -> Table:
             cells.append(
                 Cell("–")
                 if interval is None
-                else Cell(number(interval.mean, decimals), span(interval.low, interval.high, decimals))
+                else Cell(
+                    number(interval.mean, decimals), span(interval.low, interval.high, decimals), value=interval.mean
+                )
             )
-        rows.append(Row((Cell(f"alpha ratio {ratio:g}"), *cells)))
+        rows.append(Row((Cell(f"alpha ratio {ratio:g}", value=ratio), *cells)))
     return Table(("Alpha ratio", *(f"rate {rate(at)}" for at in rates)), tuple(rows))
