@@ -77,7 +77,7 @@ def loss_by_effective_rate(fit: AlphaFit, name: str) -> tuple[Figure, Drawn] | N
         axes.set_xlabel("alpha ratio × learning rate" if effective else "learning rate")
     panels[0].set_title("against the rate")
     panels[1].set_title("against ratio × rate")
-    panels[0].set_ylabel("test loss")
+    panels[0].set_ylabel("test loss (nats)")
     loss_axis(panels[0], losses)
     legend_above(figure, panels[0].get_legend_handles_labels()[0], 4)
     values = "; ".join(
@@ -96,7 +96,15 @@ def loss_by_effective_rate(fit: AlphaFit, name: str) -> tuple[Figure, Drawn] | N
 
 
 def _numbers(fit: AlphaFit) -> Numbers:
-    heads = ("alpha ratio", "learning rate", "ratio × rate", "mean test loss", "95 % interval, low", "high", "seeds")
+    heads = (
+        "alpha ratio",
+        "learning rate",
+        "ratio × rate",
+        "mean test loss (nats)",
+        "95 % interval, low (nats)",
+        "95 % interval, high (nats)",
+        "seeds",
+    )
     rows = []
     for (ratio, at), losses in sorted(fit.cells.items()):
         found = t_interval(list(losses.values()))
