@@ -131,7 +131,7 @@ def test_finalists_of_every_rate_leave_out_those_that_diverged(tmp_path: Path) -
     assert (gone.arm.name, gone.rate) not in finalists and len(finalists) == len(slots) - 1
 
 
-def study_of(tmp_path: Path, gamma: float):  # type: ignore[no-untyped-def]
+def study_of(tmp_path: Path, gamma: float, *overrides: str):  # type: ignore[no-untyped-def]
     """A study of four ratios at five rates whose confirm losses follow the exponent, with a wobble of each seed."""
     study = quickstart(
         "arms.rank=[8]",
@@ -143,6 +143,7 @@ def study_of(tmp_path: Path, gamma: float):  # type: ignore[no-untyped-def]
         "confirm.finalists=rate",
         "confirm.reference=8",
         "confirm.seeds=[1, 2, 3]",
+        *overrides,
     )
     record = write_study(tmp_path / "s", study, ends={})
     rng = np.random.default_rng(2)

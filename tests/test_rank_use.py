@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pages import numbers_without_value
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -222,6 +223,7 @@ def test_the_report_shows_it_and_writes_its_numbers(made: Made, tmp_path: Path) 
     study, record, _, found = made
     write_report(study, record, tmp_path)
     html, markdown = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
+    assert numbers_without_value(tmp_path / "report.html") == []
     names = {"rank-use-spectra", "rank-use-layers", "rank-use-subspaces", "rank-use-truncated"}
     assert {p.stem for p in (tmp_path / "figures").glob("rank-use-*.png")} == names
     for text in (html, markdown):

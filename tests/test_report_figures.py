@@ -328,6 +328,7 @@ def test_numbers_of_the_verdicts_are_scipys_on_the_trials(made: tuple[StudyRecor
         one_sided = stats.ttest_rel(
             [ours[s] for s in seeds], [theirs[s] for s in seeds], alternative="less"
         ).confidence_interval(0.95)
-        found = [float(row[name]) for name in ("95 % interval, low", "high", "one-sided 95 % bound")]
+        bounds = ("95 % interval, low (nats)", "95 % interval, high (nats)", "one-sided 95 % bound (nats)")
+        found = [float(row[name]) for name in bounds]
         assert found == pytest.approx([interval.low, interval.high, one_sided.high])
         assert int(row["pairs"]) == len(seeds)

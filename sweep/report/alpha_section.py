@@ -78,7 +78,7 @@ def loss_by_effective_rate(fit: AlphaFit, name: str) -> tuple[Figure, Drawn] | N
         axes.set_xlabel("alpha ratio × learning rate" if effective else "learning rate")
     panels[0].set_title("against the rate")
     panels[1].set_title("against ratio × rate")
-    panels[0].set_ylabel("test loss")
+    panels[0].set_ylabel("test loss (nats)")
     loss_axis(panels[0], losses)
     legend_above(figure, panels[0].get_legend_handles_labels()[0], 4)
     values = "; ".join(
@@ -97,7 +97,15 @@ def loss_by_effective_rate(fit: AlphaFit, name: str) -> tuple[Figure, Drawn] | N
 
 
 def _numbers(fit: AlphaFit) -> Numbers:
-    heads = ("alpha ratio", "learning rate", "ratio × rate", "mean test loss", "95 % interval, low", "high", "seeds")
+    heads = (
+        "alpha ratio",
+        "learning rate",
+        "ratio × rate",
+        "mean test loss (nats)",
+        "95 % interval, low (nats)",
+        "95 % interval, high (nats)",
+        "seeds",
+    )
     rows = []
     for (ratio, at), losses in sorted(fit.cells.items()):
         found = t_interval(list(losses.values()))
@@ -124,5 +132,5 @@ def _table(study: Study, fit: AlphaFit) -> Table:
                     interval.mean,
                 )
             )
-        rows.append(Row((Cell(f"alpha ratio {ratio:g}"), *cells)))
+        rows.append(Row((Cell(f"alpha ratio {ratio:g}", value=ratio), *cells)))
     return Table(("Alpha ratio", *(f"rate {rate(at)}" for at in rates)), tuple(rows))

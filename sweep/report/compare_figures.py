@@ -59,7 +59,7 @@ def to_reference_by_rank(compared: Sequence[Compared], one_scale: bool) -> tuple
         )
     hide_empty(panels, len(shown), columns)
     figure.supxlabel("rank (log scale)", fontsize=9.5, color=SOFT)
-    figure.supylabel("test loss − that of the reference", fontsize=9.5, color=SOFT)
+    figure.supylabel("test loss − that of the reference (nats)", fontsize=9.5, color=SOFT)
     scales = "one scale" if one_scale else "a scale for each, as their losses are not comparable"
     values = "; ".join(
         f"{c.name}: " + ", ".join(f"rank {r.arm.r} {r.to_reference.mean:+.3f}" for r in _of_ranks(c) if r.to_reference)
@@ -73,7 +73,15 @@ def to_reference_by_rank(compared: Sequence[Compared], one_scale: bool) -> tuple
         f"study's ε, the dotted one full fine-tuning's mean; {scales}.",
         f"Difference of test loss to the reference against rank, one panel a study. Means: {values}.",
         Numbers(
-            ("study", "rank", "mean difference", "95 % interval, low", "high", "paired seeds", "epsilon"),
+            (
+                "study",
+                "rank",
+                "mean difference (nats)",
+                "95 % interval, low (nats)",
+                "95 % interval, high (nats)",
+                "paired seeds",
+                "epsilon (nats)",
+            ),
             [
                 (c.name, r.arm.r, d.mean, d.low, d.high, d.n, c.study.confirm.epsilon)
                 for c in shown

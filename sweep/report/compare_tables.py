@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sweep.report.compare_numbers import Compared, Contrast, Matched, shares
@@ -92,8 +93,8 @@ def contrasts_table(found: Sequence[Contrast], decimals: int) -> Table:
                 Cell(c.title),
                 Cell(c.one, c.other),
                 *(change(i, decimals) for i in (c.first, c.second)),
-                Cell(signed(c.mean, decimals), span(c.low, c.high, decimals, plus=True)),
-                Cell(f"{c.p:.2g}" if c.p >= 0.001 else "< 0.001"),
+                Cell(signed(c.mean, decimals), span(c.low, c.high, decimals, plus=True), value=c.mean),
+                Cell(f"{c.p:.2g}" if c.p >= 0.001 else "< 0.001", value=c.p),
                 Cell("yes" if c.p < LEVEL else "no"),
             )
         )
@@ -129,7 +130,11 @@ def write_rows(compared: Sequence[Compared], to: Path) -> None:
 def _recommended(c: Compared) -> tuple[Cell, ...]:
     pick, decimals = c.pick, loss_decimals(c.study.confirm.epsilon)
     reference = Cell(f"rank {c.study.confirm.reference}", f"ε = {c.study.confirm.epsilon:g}")
-    ended = Cell(f"{c.findings.ended} of {c.findings.planned}", "" if c.findings.finished else "unfinished")
+    ended = Cell(
+        f"{c.findings.ended} of {c.findings.planned}",
+        "" if c.findings.finished else "unfinished",
+        value=c.findings.ended / c.findings.planned,
+    )
     if pick is None:
         return Cell(c.name), *(Cell(NOTHING) for _ in range(4)), reference, ended
     against = _against(c, pick)
@@ -137,7 +142,7 @@ def _recommended(c: Compared) -> tuple[Cell, ...]:
         Cell(c.name),
         Cell(arm_title(pick.arm, c.study.list_arms()), f"lora_alpha {pick.arm.lora_alpha:g}"),
         _rate(c, pick),
-        Cell(against.text, against.below, "" if pick.verdict == REFERENCE else pick.verdict or ""),
+        replace(against, note="" if pick.verdict == REFERENCE else pick.verdict or ""),
         change(pick.to_full, decimals),
         reference,
         ended,
@@ -151,36 +156,42 @@ def _against(c: Compared, result: ArmResult | None) -> Cell:
     note = "recommended: " if result.arm.name == c.findings.recommended else ""
     note += "" if result.arm.is_full else result.arm.name
     if result.verdict == REFERENCE:
-        return Cell("the reference", "", note)
+        return Cell("the reference", "", note, 0.0)
     note += f", {result.verdict}" if result.verdict else ""
-    found = change(result.to_reference, decimals)
-    return Cell(found.text, found.below, note)
+    return replace(change(result.to_reference, decimals), note=note)
 
 
 def _confirmed(c: Compared, result: ArmResult) -> tuple[Cell, ...]:
     decimals, part, cost = loss_decimals(c.study.confirm.epsilon), shares(result, c.full_cost), result.cost
     return (
         Cell(arm_title(result.arm, c.study.list_arms()), f"{c.name}, {plural(len(result.seeds), 'seed')}"),
-        Cell(number(result.loss_mean, decimals), span(result.loss_low, result.loss_high, decimals)),
+        Cell(
+            number(result.loss_mean, decimals),
+            span(result.loss_low, result.loss_high, decimals),
+            value=result.loss_mean,
+        ),
         Cell(
             metric(result.metric_name, result.metric_mean),
             metric_span(result.metric_name, result.metric_low, result.metric_high),
+            value=result.metric_mean,
         ),
         change(result.to_full, decimals),
         _rate(c, result),
-        Cell(_part(part.parameters), "" if result.trainable_params is None else f"{result.trainable_params:,}"),
-        Cell(_part(part.memory), size(cost.peak_memory_bytes) if cost else ""),
-        Cell(_part(part.step_time), duration(cost.step_time_s) if cost else ""),
+        _part(part.parameters, "" if result.trainable_params is None else f"{result.trainable_params:,}"),
+        _part(part.memory, size(cost.peak_memory_bytes) if cost else ""),
+        _part(part.step_time, duration(cost.step_time_s) if cost else ""),
     )
 
 
 def _rate(c: Compared, result: ArmResult) -> Cell:
     edges = {edge.arm: edge.side for edge in c.findings.edges}
-    return Cell(rate(result.learning_rate), f"{edges[result.arm.name]} edge" if result.arm.name in edges else "")
+    edge = f"{edges[result.arm.name]} edge" if result.arm.name in edges else ""
+    return Cell(rate(result.learning_rate), edge, value=result.learning_rate)
 
 
-def _part(value: float | None) -> str:
-    return NOTHING if value is None else share(value, 1.0)
+def _part(value: float | None, itself: str) -> Cell:
+    """A share of full fine-tuning's cost over the cost itself."""
+    return Cell(NOTHING if value is None else share(value, 1.0), itself, value=value)
 
 
 def _value(text: str) -> Cell:

@@ -150,7 +150,9 @@ def times_table(study: Study, record: StudyRecord) -> Table:
         rows.append(("Wall time", wall, f"{sessions}, from the start of each to its last event"))
     return Table(
         ("Time", "Length", "Of what"),
-        tuple(Row((Cell(name), Cell(duration(seconds)), Cell(meaning))) for name, seconds, meaning in rows),
+        tuple(
+            Row((Cell(name), Cell(duration(seconds), value=seconds), Cell(meaning))) for name, seconds, meaning in rows
+        ),
     )
 
 
@@ -169,15 +171,16 @@ def _cells(study: Study, row: Priced) -> tuple[Cell, ...]:
     if cost is None:
         empty = Cell(NOTHING)
         seen = Cell(NOTHING if row.fits else "does not fit", note=peak)
-        return Cell(row.title), Cell(count(parameters)), *[empty] * len(KINDS), seen, Cell(NOTHING, note=step), empty
+        trained = Cell(count(parameters), value=parameters)
+        return Cell(row.title), trained, *[empty] * len(KINDS), seen, Cell(NOTHING, note=step), empty
     spread = f"{duration(min(cost.step_times_s))} to {duration(max(cost.step_times_s))}"
     return (
         Cell(row.title),
-        Cell(count(parameters)),
-        *(Cell(size(cost.memory.get(kind))) for kind in KINDS),
-        Cell(size(cost.peak_memory_bytes), note=peak),
-        Cell(duration(cost.step_time_s), spread if len(cost.step_times_s) > 1 else "", step),
-        Cell(duration(cost.step_time_s * study.train.steps)),
+        Cell(count(parameters), value=parameters),
+        *(Cell(size(cost.memory.get(kind)), value=cost.memory.get(kind)) for kind in KINDS),
+        Cell(size(cost.peak_memory_bytes), note=peak, value=cost.peak_memory_bytes),
+        Cell(duration(cost.step_time_s), spread if len(cost.step_times_s) > 1 else "", step, cost.step_time_s),
+        Cell(duration(cost.step_time_s * study.train.steps), value=cost.step_time_s * study.train.steps),
     )
 
 

@@ -226,7 +226,8 @@ def _matrix(found: Found) -> Table:
         loss, text = found["base"][domain], found["text"][domain]
         bits, bytes_a_token = bits_per_byte(found, domain, loss), text["bytes"] / text["tokens"]
         below = f"{number(bits, DECIMALS)} bits a byte"
-        base.append(Cell(number(loss, DECIMALS), below, f"{bytes_a_token:.2f} bytes a token"))
+        # Sorted among changes, where the base's own is none.
+        base.append(Cell(number(loss, DECIMALS), below, f"{bytes_a_token:.2f} bytes a token", 0.0))
     rows = [Row((Cell("none: the base's loss"), *base))]
     for adapter in [*found["domains"], MIXED]:
         for rank in ranks(found):

@@ -68,8 +68,8 @@ def learning_forgetting(study: Study, record: StudyRecord, findings: Findings) -
         axes.plot(means[:, 0], means[:, 1], "o-", color=colour, ms=6, lw=1.8, mec=WHITE, label=name)
         numbers += [(name, "mean", step, *mean) for step, mean in zip(sorted(at), means.tolist(), strict=True)]
     axes.invert_xaxis()
-    axes.set_xlabel(wrapped("validation loss on the target (further right has learned more)"))
-    axes.set_ylabel("rise of the loss on source text")
+    axes.set_xlabel(wrapped("validation loss on the target (nats): further right has learned more"))
+    axes.set_ylabel("rise of the loss on source text (nats)")
     legend_above(figure, axes.get_legend_handles_labels()[0], 3)
     return figure, Drawn(
         "learning-forgetting",

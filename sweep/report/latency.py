@@ -88,7 +88,7 @@ def overhead_table(found: Found) -> Table:
     names = [v["name"] for v in found["variants"] if v["kind"] != BASE]
     rows = []
     for cell in found["cells"]:
-        cells = [Cell(_size(cell))]
+        cells = [Cell(_size(cell), value=cell["batch"] * cell["length"])]
         for name in names:
             if name not in cell["seconds"]:
                 cells.append(Cell("–"))
@@ -106,7 +106,7 @@ def times_table(found: Found) -> Table:
     names = [v["name"] for v in found["variants"]]
     rows = []
     for cell in found["cells"]:
-        cells = [Cell(_size(cell))]
+        cells = [Cell(_size(cell), value=cell["batch"] * cell["length"])]
         for name in names:
             times = [1000 * seconds for seconds in cell["seconds"].get(name, ())]
             if not times:

@@ -105,7 +105,7 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
         label_lines(axes, named)
     label_points(axes, labels, marks, list(map(height_of, named)))
     axes.set_xlabel("rank (log scale)")
-    axes.set_ylabel("test loss at the last step")
+    axes.set_ylabel("test loss at the last step (nats)")
     values = "; ".join(f"{r.arm.name} {r.loss_mean:.3f}" for r in findings.arms if r.seeds)
     seeds = max(len(r.seeds) for r in results)
     return figure, Drawn(
@@ -172,7 +172,7 @@ def pareto(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
     axes.set_ylim(low - 0.1 * (high - low or 0.1), high + 0.1 * (high - low or 0.1))
     named = [r for r in results if len(results) <= MOST_NAMES or r in front or r.arm.name == findings.recommended]
     axes.set_xlabel("trainable parameters (log scale)")
-    axes.set_ylabel("test loss at the last step")
+    axes.set_ylabel("test loss at the last step (nats)")
     ends = {r.arm.name: (float(r.trainable_params or 0), lowest(r), highest(r)) for r in results}
     labels = [PointLabel(*ends[r.arm.name], short_name(r.arm), colour_of(r, findings)) for r in named]
     label_points(axes, labels, list(ends.values()), [])

@@ -88,7 +88,7 @@ def differences_of_methods(trios: list[Trio]) -> tuple[Figure, Drawn] | None:
             label = HELD[k] if i == 0 else None
             axes.plot([found.mean], [y], "o", color=SERIES[k], ms=6.5, mec=WHITE, mew=1, label=label)
     axes.set_yticks([-i for i in range(len(trios))], [trio.name for trio in trios])
-    axes.set_xlabel(wrapped("difference of test loss; left of 0 the first is better"))
+    axes.set_xlabel(wrapped("difference of test loss (nats); left of 0 the first is better"))
     legend_above(figure, axes.get_legend_handles_labels()[0], 3)
     return figure, Drawn(
         "prefix-or-lora",

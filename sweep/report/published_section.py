@@ -57,16 +57,18 @@ def _table(
         rows.append(
             Row(
                 (
-                    Cell(f"{what} {key:g}"),
-                    Cell(number(value, places)),
-                    Cell("reference" if worse is not None and key == at else signed(worse, places)),
+                    Cell(f"{what} {key:g}", value=key),
+                    Cell(number(value, places), value=value),
+                    Cell("reference" if worse is not None and key == at else signed(worse, places), value=worse),
                     Cell(
                         number(result.loss_mean if result else None, decimals),
                         span(result.loss_low, result.loss_high, decimals) if result else "",
+                        value=result.loss_mean if result else None,
                     ),
                     Cell(
                         "reference" if is_reference else signed(pairs.mean if pairs else None, decimals),
                         span(pairs.low, pairs.high, decimals, plus=True) if pairs else "",
+                        value=0.0 if is_reference else pairs.mean if pairs else None,
                     ),
                 ),
                 is_reference,

@@ -199,7 +199,7 @@ def truncation(
     handles += axes.plot([], [], "o-", color=BLUE, label="trained at it")
     legend_above(figure, handles, 2)
     axes.set_xlabel("rank (log scale)")
-    axes.set_ylabel("test loss at the last step")
+    axes.set_ylabel("test loss at the last step (nats)")
     values = "; ".join(f"rank {row.rank} {row.loss.mean:.3f}" for row in rows)
     return figure, Drawn(
         "rank-use-truncated",

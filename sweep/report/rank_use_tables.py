@@ -131,9 +131,13 @@ def pattern_table(found: Found) -> Table:
     for suggestion in found["suggestions"]:
         ranks = {layer: suggestion["rank_pattern"].get(layer, suggestion["rank"]) for layer in places}
         for kind in kinds_of(found):
-            here = [[str(ranks[layer]) for layer, place in places.items() if place == (kind, b)] for b in blocks]
-            rows.append(Row((Cell(kind, rule(suggestion)), *(Cell(join(cell or [NOTHING])) for cell in here))))
+            here = [[ranks[layer] for layer, place in places.items() if place == (kind, b)] for b in blocks]
+            rows.append(Row((Cell(kind, rule(suggestion)), *map(_ranks_cell, here))))
     return Table(("Layer", *("no block" if block is None else f"block {block}" for block in blocks)), tuple(rows))
+
+
+def _ranks_cell(ranks: Sequence[int]) -> Cell:
+    return Cell(join([str(r) for r in ranks] or [NOTHING]), value=max(ranks, default=None))
 
 
 def pattern_yaml(suggestion: Found) -> str:

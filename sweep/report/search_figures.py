@@ -110,7 +110,7 @@ def loss_by_rate(study: Study, record: StudyRecord, findings: Findings) -> tuple
     hide_empty(panels, len(panels_of), columns)
     loss_axis(panels[0], losses)
     figure.supxlabel("learning rate (log scale)", fontsize=9.5, color=SOFT)
-    figure.supylabel("validation loss", fontsize=9.5, color=SOFT)
+    figure.supylabel("validation loss (nats)", fontsize=9.5, color=SOFT)
     _legend(figure, panels[0], lines)
     on_edge = " No best rate is on an edge."
     if edges:

@@ -102,7 +102,7 @@ def search_table(findings: Findings) -> Table:
         edge = f"{edges[row.arm.name]} edge" if row.arm.name in edges else ""
         best = Cell("–" if row.best_rate is None else rate(row.best_rate), edge, value=row.best_rate)
         counts = (row.complete, row.pruned, row.diverged, *([row.infeasible] if unfit else []), row.failed)
-        tried = Cell(", ".join(rate(x) for x in row.rates) or "–")
+        tried = Cell(", ".join(rate(x) for x in row.rates) or "–", value=min(row.rates, default=None))
         loss = Cell(number(row.best_loss, 4), value=row.best_loss)
         cells = (Cell(row.arm.name), tried, best, loss, *(Cell(str(n), value=n) for n in counts))
         rows.append(Row(cells, row.arm.name == findings.recommended))

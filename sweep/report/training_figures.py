@@ -67,7 +67,7 @@ def learning_curves(study: Study, record: StudyRecord, findings: Findings) -> tu
     panels[0].plot([], [], "o-", color=INK, ms=4, lw=1.2, label="validation")
     panels[0].legend(loc="upper right", fontsize=8.5, handlelength=1.6)
     figure.supxlabel("optimizer step", fontsize=9.5, color=SOFT)
-    figure.supylabel("loss", fontsize=9.5, color=SOFT)
+    figure.supylabel("loss (nats)", fontsize=9.5, color=SOFT)
     left_out = (
         f" {len(results) - len(shown)} more finalists are left out to keep it readable." if shown != results else ""
     )

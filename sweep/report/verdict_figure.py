@@ -44,9 +44,9 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
         _panel(axes, title, [(names.index(r.arm.name), *pick(r)) for r in rows], study.confirm.epsilon)
         axes.set_yticks(range(len(names)), [_called(name, arms) for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
-    panels[-1].set_xlabel("difference of test loss")
+    panels[-1].set_xlabel("difference of test loss (nats)")
     if columns > 1:
-        panels[0].set_xlabel("difference of test loss")
+        panels[0].set_xlabel("difference of test loss (nats)")
     met = [verdict for verdict in LOOKS if any(pick(r)[1] == verdict for _, pick, rows in shown for r in rows)]
     legend_above(figure, [_key(verdict) for verdict in met], 3)
     told = "; ".join(
@@ -69,10 +69,10 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
             (
                 "against",
                 "arm",
-                "mean difference",
-                "95 % interval, low",
-                "high",
-                "one-sided 95 % bound",
+                "mean difference (nats)",
+                "95 % interval, low (nats)",
+                "95 % interval, high (nats)",
+                "one-sided 95 % bound (nats)",
                 "pairs",
                 "verdict",
             ),
