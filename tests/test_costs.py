@@ -11,6 +11,7 @@ from synthetic import quickstart, write_study
 
 from sweep.driver.pricing import price_arms, priced
 from sweep.report.costs import costs_section, price_list, times_table
+from sweep.report.statistics import find
 from sweep.study.home import StudyFolder
 from sweep.study.records import CONFIRM, SEARCH, Forecast, Measurement, StudyForecast, to_json
 from sweep.study.schema import Study
@@ -116,6 +117,20 @@ def test_no_ratio_is_claimed_where_training_was_not_timed_apart_or_an_arm_not_pr
         section = costs_section(study, lacking)
         assert section is not None and "times as long" not in " ".join(section.paragraphs)
     assert "One by one" not in {row.cells[0].text for row in times_table(study, unprobed).rows}
+
+
+@pytest.mark.parametrize("disturbed", ["r2-lora-query+value", "full"])
+def test_the_recommendation_claims_no_share_of_time_where_a_probe_was_uneven(tmp_path: Path, disturbed: str) -> None:
+    study = quickstart()
+    record = write_study(tmp_path, study, lambda arm, seed: 0.2 + 0.001 * seed, ends={})
+    said = find(study, record).sentences[1]
+    assert "of the time a step" in said and "of the peak memory" in said
+    cost = record.costs[disturbed]
+    shortest = cost.step_time_s / 1.51
+    uneven = replace(cost, step_times_s=(shortest, *cost.step_times_s[1:]))
+    said = find(study, replace(record, costs={**record.costs, disturbed: uneven})).sentences[1]
+    against_full = said.partition("against full fine-tuning")[2]
+    assert "of the peak memory" in against_full and "of the time a step" not in against_full
 
 
 def test_no_ratio_is_claimed_where_the_probes_were_uneven(tmp_path: Path) -> None:

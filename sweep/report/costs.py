@@ -11,12 +11,11 @@ from sweep.report.sections import Section
 from sweep.report.tables import Cell, Row, Table
 from sweep.report.words import NOTHING, cost_title, count, duration, join, number, plural, signed, size
 from sweep.study.arms import Arm
-from sweep.study.records import SEARCH, Cost, Forecast
+from sweep.study.records import SEARCH, UNEVEN, Cost, Forecast
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
 KINDS = ("weights", "gradients", "optimizer", "activations")
-UNEVEN = 1.5  # the median step over the shortest, above which a step time says little
 COLUMNS = ("Weights", "Gradients", "Optimizer state", "Activations and workspace")
 
 
@@ -44,7 +43,7 @@ class Priced:
 
     @property
     def uneven(self) -> bool:
-        return self.cost is not None and self.cost.step_time_s > UNEVEN * min(self.cost.step_times_s)
+        return self.cost is not None and self.cost.uneven
 
 
 def costs_section(study: Study, record: StudyRecord) -> Section | None:
