@@ -73,8 +73,24 @@ def test_the_study_as_forecast_is_held_against_its_packed_time(tmp_path: Path) -
     section = costs_section(study, record)
     assert section is not None
     said = " ".join(section.paragraphs)
-    assert "forecast to take at most 100 s and took" in said
+    assert "forecast to take 100 s; all rungs of all packs took" in said and "at most" not in said
+    assert "leaves out loading and checkpoints" in said and "as large as calibrated" in said
+    assert "source text" not in said and "in neither" not in said
     assert f"error {100 * (100 / (2 * rungs) - 1):+.0f} %".replace("-", "−") in said
+
+
+def test_arms_that_were_not_forecast_are_in_neither_side_though_they_ran(tmp_path: Path) -> None:
+    study = quickstart()
+    record = write_study(tmp_path, study)
+    made = foretold(study)
+    doubtful = replace(made, arms=tuple(replace(arm, fits=arm.cost_key != "full") for arm in made.arms))
+    record = with_forecast(tmp_path, study, doubtful)
+    rungs = sum(len(trial.rungs) for trial in record.trials if not trial.spec.arm.is_full)  # of 8 s, in packs of 4
+    section = costs_section(study, record)
+    assert section is not None
+    said = " ".join(section.paragraphs)
+    assert f"error {100 * (100 / (2 * rungs) - 1):+.0f} %".replace("-", "−") in said
+    assert "Arms that were not expected to fit are in neither, though they ran." in said
 
 
 def timed(record: StudyRecord, seconds: float | None) -> StudyRecord:
