@@ -11,6 +11,7 @@ from synthetic import quickstart, write_study
 
 from sweep.driver.pricing import price_arms, priced
 from sweep.report.costs import costs_section, price_list, times_table
+from sweep.report.statistics import find
 from sweep.study.home import StudyFolder
 from sweep.study.records import CONFIRM, SEARCH, Forecast, Measurement, StudyForecast, to_json
 from sweep.study.schema import Study
@@ -72,8 +73,24 @@ def test_the_study_as_forecast_is_held_against_its_packed_time(tmp_path: Path) -
     section = costs_section(study, record)
     assert section is not None
     said = " ".join(section.paragraphs)
-    assert "forecast to take at most 100 s and took" in said
+    assert "forecast to take 100 s; all rungs of all packs took" in said and "at most" not in said
+    assert "leaves out loading and checkpoints" in said and "as large as calibrated" in said
+    assert "source text" not in said and "in neither" not in said
     assert f"error {100 * (100 / (2 * rungs) - 1):+.0f} %".replace("-", "−") in said
+
+
+def test_arms_that_were_not_forecast_are_in_neither_side_though_they_ran(tmp_path: Path) -> None:
+    study = quickstart()
+    record = write_study(tmp_path, study)
+    made = foretold(study)
+    doubtful = replace(made, arms=tuple(replace(arm, fits=arm.cost_key != "full") for arm in made.arms))
+    record = with_forecast(tmp_path, study, doubtful)
+    rungs = sum(len(trial.rungs) for trial in record.trials if not trial.spec.arm.is_full)  # of 8 s, in packs of 4
+    section = costs_section(study, record)
+    assert section is not None
+    said = " ".join(section.paragraphs)
+    assert f"error {100 * (100 / (2 * rungs) - 1):+.0f} %".replace("-", "−") in said
+    assert "Arms that were not expected to fit are in neither, though they ran." in said
 
 
 def timed(record: StudyRecord, seconds: float | None) -> StudyRecord:
@@ -116,6 +133,20 @@ def test_no_ratio_is_claimed_where_training_was_not_timed_apart_or_an_arm_not_pr
         section = costs_section(study, lacking)
         assert section is not None and "times as long" not in " ".join(section.paragraphs)
     assert "One by one" not in {row.cells[0].text for row in times_table(study, unprobed).rows}
+
+
+@pytest.mark.parametrize("disturbed", ["r2-lora-query+value", "full"])
+def test_the_recommendation_claims_no_share_of_time_where_a_probe_was_uneven(tmp_path: Path, disturbed: str) -> None:
+    study = quickstart()
+    record = write_study(tmp_path, study, lambda arm, seed: 0.2 + 0.001 * seed, ends={})
+    said = find(study, record).sentences[1]
+    assert "of the time a step" in said and "of the peak memory" in said
+    cost = record.costs[disturbed]
+    shortest = cost.step_time_s / 1.51
+    uneven = replace(cost, step_times_s=(shortest, *cost.step_times_s[1:]))
+    said = find(study, replace(record, costs={**record.costs, disturbed: uneven})).sentences[1]
+    against_full = said.partition("against full fine-tuning")[2]
+    assert "of the peak memory" in against_full and "of the time a step" not in against_full
 
 
 def test_no_ratio_is_claimed_where_the_probes_were_uneven(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from sweep.execution.worker import Work
 from sweep.report.report import write_report
 from sweep.study.home import Home
-from sweep.study.records import COMPLETE, FAILED, INFEASIBLE, Measurement, StudyForecast, Unit
+from sweep.study.records import COMPLETE, CONFIRM, FAILED, INFEASIBLE, SEARCH, Measurement, StudyForecast, Unit
 from sweep.study.schema import Study
 from sweep.tracking.journal import read_study_record
 
@@ -214,6 +214,40 @@ def test_optuna_holds_it_as_infeasible(home: Home) -> None:
         assert trial.number not in numbers or trial.user_attrs["reason"].startswith("does not fit on this device")
     best = optuna.load_study(study_name=study.name, storage=home.optuna_url).best_trial
     assert best.number not in numbers
+
+
+def without_room_later(phase: str, kind: str, value: float, start: int) -> Train:
+    """Trains all but rank 8 of the phase at one rate or seed from one step on."""
+
+    def train(unit: Unit) -> tuple[Measurement, ...]:
+        if unit.start >= start and any(
+            t.phase == phase and t.arm.r == 8 and getattr(t, kind) == value for t in unit.trials
+        ):
+            raise MemoryError("no room")
+        return train_rung(unit)
+
+    return train
+
+
+def test_optuna_takes_no_loss_of_an_early_rung_for_that_of_a_trial_that_found_no_memory_later(home: Home) -> None:
+    study = make_study()
+    run(home, study, fake_work(without_room_later(SEARCH, "learning_rate", 1e-2, study.rungs[0])))
+    numbers = set(ended(home, study))
+    trials = [trial for trial in trials_of(home, study) if trial.number in numbers]
+    assert trials and all(trial.values == [math.inf] for trial in trials)
+    assert all(trial.intermediate_values for trial in trials), "each has passed a rung: the test would be blind"
+
+
+def test_a_confirm_trial_without_memory_is_left_out_and_not_told_as_a_failure(home: Home, tmp_path: Path) -> None:
+    study = make_study()
+    run(home, study, fake_work(without_room_later(CONFIRM, "seed", 2, 0)))
+    findings = write_report(study, records_of(home, study), tmp_path / "out")
+    result = next(r for r in findings.arms if r.arm.r == 8)
+    assert (result.infeasible_seeds, result.failed_seeds) == ((2,), ()) and 2 not in result.seeds
+    assert f"{result.arm.name}: seed 2 found no memory and is left out of its means." in findings.warnings
+    assert not any("failed" in warning for warning in findings.warnings)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "1 without memory" in text and "1 failed" not in text
 
 
 def test_a_probe_without_memory_says_that_the_arm_does_not_fit(home: Home) -> None:

@@ -19,7 +19,7 @@ from tracked import server as server
 from tracked import view
 
 from sweep.study.home import Home, StudyFolder
-from sweep.study.records import COMPLETE, CONFIRM, PRUNED, SEARCH
+from sweep.study.records import COMPLETE, CONFIRM, INFEASIBLE, PRUNED, SEARCH
 from sweep.study.schema import Study
 from sweep.tracking.entities import run_name
 from sweep.tracking.journal import append, append_end, read_study_record
@@ -233,6 +233,15 @@ def test_only_what_is_new_is_sent_while_the_study_runs(
     sent.clear()
     project(study, folder, find_tracking(home))
     assert sum(sent) == 15 + 2
+
+
+def test_a_trial_that_does_not_fit_was_ended_and_did_not_fail(home: Home, study: Study) -> None:
+    folder, tracking = journals.start_journal(home, study), find_tracking(home)
+    spec = journals.ask(folder, study.list_arms()[0], 0.003, 0, SEARCH)
+    append_end(spec, INFEASIBLE, "does not fit on this device")
+    project(study, folder, tracking)
+    run = view(tracking, study).children[spec.number]
+    assert (run.info.status, run.data.tags["sweep.state"]) == ("KILLED", "infeasible")
 
 
 def test_trials_that_a_killed_driver_left_running_are_ended(home: Home, study: Study) -> None:

@@ -1,4 +1,4 @@
-"""What a study will take in all, from the forecast of its arms: search with pruning, confirm phase at most. Pure."""
+"""What a study will take in all, from the forecast of its arms: search with pruning, then the confirm phase. Pure."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def priced(study: Study, prepared: Prepared, forecast: StudyForecast) -> StudyFo
 
     In packs a step of a trial takes what the calibration measured; full fine-tuning and arms that may not fit are
     trained alone. Evaluation is taken as in packs in both. Left out: arms that are not expected to fit; loading,
-    checkpoints, the text of a study on forgetting, and the probes at the end.
+    checkpoints, the text of a study on forgetting, and the probes at the end. It is no bound: a pack at a late rung is
+    smaller than the calibrated one, and slower a trial. Of a rank's arms the slowest stands for its finalist.
     """
     packed = alone = 0.0
     arms = [arm for arm in study.list_arms() if arm.cost_key not in forecast.doubtful]
@@ -102,7 +103,7 @@ def forecast_lines(forecast: StudyForecast) -> list[str]:
     lines = []
     if forecast.packed_s is not None and forecast.alone_s is not None:
         lines.append(
-            f"forecast: training and evaluation {duration(forecast.packed_s)} in packs, at most; "
+            f"forecast: training and evaluation {duration(forecast.packed_s)} in packs as calibrated; "
             f"{duration(forecast.alone_s)} one by one"
         )
     for arm in forecast.arms:

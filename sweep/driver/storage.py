@@ -149,16 +149,16 @@ def tell(ledger: Ledger, number: int, state: str, loss: float | None, reason: st
     """End a trial in Optuna as its journal ended; once it has ended there, nothing.
 
     Optuna's dashboard calls infeasible what is complete and violates a constraint, and complete wants a value: there,
-    and nowhere else, a trial that never came to a loss has an infinite one, which importances leave out.
+    and nowhere else, it is infinite, which importances leave out. A loss of an early rung they would take as final.
     """
     trial_id = _trial_id(ledger, number)
-    values = [loss] if state in (COMPLETE, PRUNED, INFEASIBLE) and loss is not None else None
+    values = [loss] if state in (COMPLETE, PRUNED) and loss is not None else None
     with suppress(UpdateFinishedTrialError):
         if reason:
             ledger.storage.set_trial_user_attr(trial_id, "reason", reason)
         if state == INFEASIBLE:
             ledger.storage.set_trial_system_attr(trial_id, CONSTRAINTS, [1.0])
-            values = values or [math.inf]
+            values = [math.inf]
         ledger.storage.set_trial_state_values(trial_id, STATES[state], values)
 
 

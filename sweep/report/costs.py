@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sweep.report.infeasible import never_fitted
@@ -11,12 +11,11 @@ from sweep.report.sections import Section
 from sweep.report.tables import Cell, Row, Table
 from sweep.report.words import NOTHING, cost_title, count, duration, join, number, plural, signed, size
 from sweep.study.arms import Arm
-from sweep.study.records import SEARCH, Cost, Forecast
+from sweep.study.records import SEARCH, UNEVEN, Cost, Forecast
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
 KINDS = ("weights", "gradients", "optimizer", "activations")
-UNEVEN = 1.5  # the median step over the shortest, above which a step time says little
 COLUMNS = ("Weights", "Gradients", "Optimizer state", "Activations and workspace")
 
 
@@ -44,7 +43,7 @@ class Priced:
 
     @property
     def uneven(self) -> bool:
-        return self.cost is not None and self.cost.step_time_s > UNEVEN * min(self.cost.step_times_s)
+        return self.cost is not None and self.cost.uneven
 
 
 def costs_section(study: Study, record: StudyRecord) -> Section | None:
@@ -99,16 +98,32 @@ def forecast_sentence(rows: Sequence[Priced]) -> str:
 
 def whole_sentence(record: StudyRecord) -> str:
     """The whole study as forecast against the time that it took; empty while that is not known."""
-    packed = _packed_wall(record)
+    doubtful = record.forecast.doubtful if record.forecast else ()
+    packed = _packed_wall(record, but=doubtful)
     if record.finished_at is None or record.forecast is None or not record.forecast.packed_s or not packed:
         return ""
     foretold = record.forecast.packed_s
     wall = sum(stop - start for start, stop in record.sessions)
     return (
-        f"Training and evaluating all trials in packs was forecast to take at most {duration(foretold)} and took "
-        f"{duration(packed)} (error {_percent(foretold / packed - 1)}), with the loading and the checkpoints that it "
-        f"leaves out; the whole run, with preparation, forecast and solo probes, took {duration(wall)}."
+        f"Training and evaluating in packs was forecast to take {duration(foretold)}; all rungs of all packs took "
+        f"{duration(packed)} (error {_percent(foretold / packed - 1)}). {' '.join(_unlike(record))} "
+        f"The whole run, with preparation, forecast and solo probes, took {duration(wall)}."
     )
+
+
+def _unlike(record: StudyRecord) -> list[str]:
+    """What moves the forecast of the whole study and its packed time apart."""
+    assert record.forecast is not None
+    told = [
+        "The forecast takes all packs to be as large as calibrated, though few trials are left at late rungs and "
+        "small packs take longer a trial; it takes for each finalist the slowest arm that it may be; and it "
+        "leaves out loading and checkpoints, which are in the time taken."
+    ]
+    if record.prepared is not None and record.prepared.source_text is not None:
+        told.append("The loss on source text is in the time taken alone, too.")
+    if any(t.rungs and t.spec.arm.cost_key in record.forecast.doubtful for t in record.trials):
+        told.append("Arms that were not expected to fit are in neither, though they ran.")
+    return told
 
 
 def packing_sentence(record: StudyRecord, sure: bool) -> str:
@@ -184,8 +199,10 @@ def _cells(study: Study, row: Priced) -> tuple[Cell, ...]:
     )
 
 
-def _packed_wall(record: StudyRecord) -> float:
-    return sum(rung.measurement.pack_seconds / rung.measurement.pack_size for t in record.trials for rung in t.rungs)
+def _packed_wall(record: StudyRecord, but: Collection[str] = ()) -> float:
+    """but: cost keys of arms whose share is left out."""
+    trials = [trial for trial in record.trials if trial.spec.arm.cost_key not in but]
+    return sum(rung.measurement.pack_seconds / rung.measurement.pack_size for t in trials for rung in t.rungs)
 
 
 def _packed_training(record: StudyRecord) -> float | None:

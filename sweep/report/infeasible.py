@@ -37,7 +37,7 @@ def infeasible_warnings(study: Study, record: StudyRecord) -> list[str]:
         else:
             told.append(
                 f"{title}: {plural(len(trials), 'trial')} found no memory though others of it trained, and so "
-                "are left out."
+                f"{'is' if len(trials) == 1 else 'are'} left out."
             )
     return told
 

@@ -38,6 +38,7 @@ class ArmResult:
     full_note: str
     diverged_seeds: tuple[int, ...]  # left out of the means
     failed_seeds: tuple[int, ...]  # left out of the means
+    infeasible_seeds: tuple[int, ...]  # found no memory, and no failures; left out of the means
     trainable_params: int | None
     cost: Cost | None
     forgetting: Interval | None = None  # rise of the loss on source text at the last step; None where not measured

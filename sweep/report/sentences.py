@@ -118,13 +118,13 @@ def _saves_and_loses(study: Study, findings: Findings, pick: ArmResult) -> str:
 
 
 def _needs(ours: ArmResult, theirs: ArmResult) -> str:
-    """Shares of the other arm's cost, from the solo probes."""
+    """Shares of the other arm's cost, from the solo probes; of its time only where the steps of both were even."""
     parts = []
     if ours.trainable_params and theirs.trainable_params:
         parts.append(f"{share(ours.trainable_params, theirs.trainable_params)} of the trainable parameters")
     if ours.cost and theirs.cost and theirs.cost.peak_memory_bytes:
         parts.append(f"{share(ours.cost.peak_memory_bytes, theirs.cost.peak_memory_bytes)} of the peak memory")
-    if ours.cost and theirs.cost and theirs.cost.step_time_s:
+    if ours.cost and theirs.cost and theirs.cost.step_time_s and not (ours.cost.uneven or theirs.cost.uneven):
         parts.append(f"{share(ours.cost.step_time_s, theirs.cost.step_time_s)} of the time a step")
     if ours.cost and theirs.cost and theirs.cost.adapter_bytes:
         parts.append(f"{share(ours.cost.adapter_bytes, theirs.cost.adapter_bytes)} of the disk space")

@@ -142,7 +142,8 @@ def _result(study: Study, record: StudyRecord, arm: Arm) -> ArmResult:
         full_verdict=None,
         full_note="",
         diverged_seeds=tuple(t.spec.seed for t in trials if t.state == DIVERGED),
-        failed_seeds=tuple(t.spec.seed for t in trials if t.state in (FAILED, INFEASIBLE)),
+        failed_seeds=tuple(t.spec.seed for t in trials if t.state == FAILED),
+        infeasible_seeds=tuple(t.spec.seed for t in trials if t.state == INFEASIBLE),
         trainable_params=cost.trainable_params if cost else known,
         cost=cost,
         forgetting=at_the_end(record, done),
@@ -285,7 +286,8 @@ def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], r
     warnings = []
     for result in results:
         barred = "" if result.verdict in (None, REFERENCE) else " An arm that diverged is not called non-inferior."
-        for seeds, what, so in ((result.diverged_seeds, "diverged", barred), (result.failed_seeds, "failed", "")):
+        gone = ((result.diverged_seeds, "diverged", barred), (result.failed_seeds, "failed", ""))
+        for seeds, what, so in (*gone, (result.infeasible_seeds, "found no memory", "")):
             if seeds:
                 left_out = f"{_seeds(seeds)} {what} and {_left(seeds)} left out of its means."
                 warnings.append(f"{result.arm.name}: {left_out}{so}")

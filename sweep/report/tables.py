@@ -202,6 +202,7 @@ def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) ->
     cost, name = result.cost, result.metric_name
     about = f"rate {rate(result.learning_rate)}, {plural(len(result.seeds), 'seed')}"
     gone = [(result.diverged_seeds, DIVERGED), (result.failed_seeds, FAILED)]
+    gone.append((result.infeasible_seeds, "without memory"))
     about += "".join(f", {len(seeds)} {what}" for seeds, what in gone if seeds)
     to_full, against = (_difference(d, decimals) for d in (result.to_full, result.to_reference))
     means = [None if d is None else d.mean for d in (result.to_full, result.to_reference)]

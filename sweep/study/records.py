@@ -11,6 +11,7 @@ SEARCH, CONFIRM = "search", "confirm"
 # States in which a trial's journal may end.
 COMPLETE, PRUNED, DIVERGED, FAILED = "complete", "pruned", "diverged", "failed"
 INFEASIBLE = "infeasible"  # does not fit on the device: a result, not a failure
+UNEVEN = 1.5  # the median step of a probe over the shortest, above which its time says little
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,11 @@ class Cost:
     tokens_per_second: float
     adapter_bytes: int
     device: str
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the steps differed so much that their median says little."""
+        return self.step_time_s > UNEVEN * min(self.step_times_s)
 
 
 @dataclass(frozen=True)

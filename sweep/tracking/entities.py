@@ -20,7 +20,8 @@ COSTS = ("trainable_params", "total_params", "peak_memory_bytes", "step_time_s",
 PARAGRAPH = "\n\n"
 # Without it MLflow's UI opens on its pages for chat traces, which are empty here.
 WORKFLOW = "?workflowType=machine_learning"
-STATUS = {COMPLETE: "FINISHED", PRUNED: "KILLED", DIVERGED: "FAILED", INFEASIBLE: "FAILED", FAILED: "FAILED"}
+# MLflow has no word for what does not fit: like what is pruned it was ended and did not fail; the tag has the state.
+STATUS = {COMPLETE: "FINISHED", PRUNED: "KILLED", DIVERGED: "FAILED", INFEASIBLE: "KILLED", FAILED: "FAILED"}
 
 
 def run_name(spec: TrialSpec) -> str:
