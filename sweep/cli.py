@@ -26,6 +26,7 @@ from sweep.study.home import Home, StudyFolder, find_home
 
 if TYPE_CHECKING:
     from sweep.study.file import StudyFile
+    from sweep.study.records import StudyForecast
     from sweep.study.schema import Study
 
 SECONDS_TO_TRACK_AFTER_INTERRUPT = 5.0
@@ -94,7 +95,6 @@ def run(
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
     from sweep import over_domains
-    from sweep.study.domains import parts_of
 
     if price_per_hour is not None and not (dry_run and 0 < price_per_hour < float("inf")):
         raise Refused("--price-per-hour: give a price above 0" if dry_run else "--price-per-hour: only with --dry-run")
@@ -103,10 +103,7 @@ def run(
     _need_writable(place)
     try:
         if dry_run:
-            for part in parts_of(source.study):
-                if part != source.study:
-                    _say(f"study {part.name}")
-                _dry_run(part, place, price_per_hour)
+            _dry_run(source.study, place, price_per_hour)
         elif source.study.data.domains:
             over_domains.run(source.study, place, lambda part: _run(part, place, executor), _say)
         else:
@@ -247,6 +244,20 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
 
 def _dry_run(study: Study, home: Home, an_hour: float | None) -> None:
     from sweep import console
+    from sweep.study.domains import parts_of
+
+    forecasts = []
+    for part in parts_of(study):
+        if part != study:
+            _say(f"study {part.name}")
+        forecasts.append(_forecast(part, home, an_hour))
+    if study.data.domains:
+        _say(*console.plan_of_all(forecasts, an_hour))
+
+
+def _forecast(study: Study, home: Home, an_hour: float | None) -> StudyForecast:
+    """Show what one study, or part of one, will take; returns it."""
+    from sweep import console
     from sweep.driver.pricing import priced
     from sweep.execution.worker import forecast, prepare
 
@@ -254,12 +265,12 @@ def _dry_run(study: Study, home: Home, an_hour: float | None) -> None:
     arms, setup = study.list_arms(), study.setup(str(home.cache))
     prepared = prepare(setup, arms)
     _say("probing the smallest and the largest arm and full fine-tuning, each alone for a few steps")
-    lines, table, below = console.plan(
-        study, prepared, priced(study, prepared, forecast(setup, prepared, arms)), an_hour
-    )
+    found = priced(study, prepared, forecast(setup, prepared, arms))
+    lines, table, below = console.plan(study, prepared, found, an_hour)
     _say(*lines)
     console.console().print(table)
     _say(*below)
+    return found
 
 
 def _read(study: str, home: Home, overrides: Sequence[str] = ()) -> StudyFile:

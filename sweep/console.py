@@ -194,16 +194,8 @@ def _whole(forecast: StudyForecast, an_hour: float | None) -> list[str]:
 
     probed = [arm.cost_key for arm in forecast.arms if arm.probed]
     others = len(forecast.arms) > len(probed)
-    told = []
-    for how, seconds in (
-        ("in packs, as it will run", forecast.packed_s),
-        ("one trial after the other", forecast.alone_s),
-    ):
-        assert seconds is not None
-        price = "" if an_hour is None else f", {seconds / 3600 * an_hour:,.2f} at {an_hour:g} an hour"
-        told.append(f"the whole study {how}: at most {seconds / 3600:.2f} hours ({clock(seconds)}){price}")
     return [
-        *told,
+        *_at_most("the whole study", [forecast], an_hour),
         "with pruning and evaluation; without preparation, loading, checkpoints, the solo probes at the end and the "
         "report" + ("; arms that are not expected to fit are not in it" if forecast.doubtful else ""),
         "its search: the arm's share of its rank's steps, pruning counted; its confirm phase: if it is a finalist; "
@@ -213,6 +205,24 @@ def _whole(forecast: StudyForecast, an_hour: float | None) -> list[str]:
         + f"; a trial may take {size(forecast.memory_limit_bytes)}",
         *(f"note: {arm.cost_key}: {arm.note}" for arm in forecast.arms if arm.note and arm.fits),
     ]
+
+
+def plan_of_all(parts: Sequence[StudyForecast], an_hour: float | None) -> list[str]:
+    """What a dry run over domains shows last: the sums over the parts, which run one after the other."""
+    return _at_most(f"in all, {len(parts)} studies", parts, an_hour)
+
+
+def _at_most(what: str, parts: Sequence[StudyForecast], an_hour: float | None) -> list[str]:
+    """Hours and money of all parts, in packs and one by one; each part priced."""
+    told = []
+    for how, times in (
+        ("in packs, as it will run", [part.packed_s for part in parts]),
+        ("one trial after the other", [part.alone_s for part in parts]),
+    ):
+        seconds = sum(s for s in times if s is not None)
+        price = "" if an_hour is None else f", {seconds / 3600 * an_hour:,.2f} at {an_hour:g} an hour"
+        told.append(f"{what} {how}: at most {seconds / 3600:.2f} hours ({clock(seconds)}){price}")
+    return told
 
 
 def _rates(values: Sequence[float]) -> str:

@@ -1,6 +1,7 @@
 """A real browser for tests: headless Chromium, and how to wait for what a page shows.
 
 `SWEEP_SCREENSHOTS=DIR pytest -m browser` keeps a picture of every page, to look at.
+With SWEEP_NEEDS_BROWSER=1, as `.ci/run` sets it, a test without a browser fails; else it is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
+NEEDED = "SWEEP_NEEDS_BROWSER"
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -34,7 +36,8 @@ FLAGS = [
 def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium-driver)")
+        why = "needs chromium and chromedriver (Debian: apt-get install chromium-driver)"
+        pytest.fail(why) if os.environ.get(NEEDED) else pytest.skip(why)
     options = Options()
     options.binary_location = chromium
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import pytest
 from fakes import forecast, make_study, prepare
 from synthetic import quickstart, write_study
 
+from sweep import cli
 from sweep.driver.pricing import price_arms, priced
+from sweep.execution import worker
 from sweep.report.costs import costs_section, price_list, times_table
 from sweep.report.statistics import find
+from sweep.study.arms import Arm
 from sweep.study.home import StudyFolder
-from sweep.study.records import CONFIRM, SEARCH, Forecast, Measurement, StudyForecast, to_json
+from sweep.study.records import CONFIRM, SEARCH, Forecast, Measurement, Prepared, Setup, StudyForecast, to_json
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, append, read_study_record
 
@@ -195,3 +200,30 @@ def test_arms_that_may_not_fit_are_not_in_the_price() -> None:
     full = 0.1 * (3 + 2 + 2 + 2 * 4) + 0.01 * (3 + 2 + 1 + 2 * 3) + 0.02 * 2
     assert without.doubtful == {"full"}
     assert (whole.alone_s or 0) - (without.alone_s or 0) == pytest.approx(full)
+
+
+def test_a_dry_run_over_domains_ends_with_the_hours_and_the_money_of_all_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds_a_step = iter((0.1, 0.2, 0.4))
+
+    def foretell(setup: Setup, prepared: Prepared, arms: tuple[Arm, ...]) -> StudyForecast:
+        made, step = forecast(setup, prepared, arms, limit=1000), next(seconds_a_step)
+        return replace(made, arms=tuple(replace(arm, step_time_s=step) for arm in made.arms))
+
+    monkeypatch.setattr(worker, "prepare", prepare)
+    monkeypatch.setattr(worker, "forecast", foretell)
+    languages = Path(__file__).parents[1] / "studies" / "languages.yaml"
+    command = ["sweep", "run", str(languages), "--set", "data.domains=[en,fr,de]", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", [*command, "--price-per-hour", "3600", "--home", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    told = " ".join(capsys.readouterr().out.split())
+    for how in ("in packs, as it will run", "one trial after the other"):
+        price = rf"{how}: at most ([\d.]+) hours \([^)]*\), ([\d,.]+) at 3600 an hour"
+        *parts, whole = [[float(n.replace(",", "")) for n in found] for found in re.findall(price, told)]
+        assert len(parts) == 3 and parts[0][1] < parts[1][1] < parts[2][1]
+        assert whole[1] == pytest.approx(sum(money for _, money in parts), abs=0.03)
+        assert whole[0] == pytest.approx(whole[1] / 3600, abs=0.006)
+    assert told.index("in all, 3 studies in packs") > told.index("study languages-de")

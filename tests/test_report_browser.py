@@ -11,38 +11,24 @@ from typing import Any
 
 import pytest
 from browsing import picture
+from pages import KINDS, write_pages
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium_axe_python import Axe
-from synthetic import quickstart, write_study
-from test_domains import LANGUAGES, SHOWN, not_run
-from test_domains import made_up as made_up_domains
-from test_latency import made_up as made_up_latency
-
-from sweep.report.domains_report import write_domains_report
-from sweep.report.report import write_report
-from sweep.study.file import read_study
-from sweep.tracking.analyses import write_analysis
 
 pytestmark = pytest.mark.browser
 DESKTOP, PHONE, NARROWEST = 1280, 390, 360
 PAPER_WIDTH, PAPER_HEIGHT = 688, 1000  # CSS pixels that A4 leaves within the margins of the style sheet
-EACH = pytest.mark.parametrize("name", ["finished", "unfinished", "domains"])
+EACH = pytest.mark.parametrize("name", KINDS)
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a report of each kind."""
     folder = tmp_path_factory.mktemp("reports")
-    study = quickstart("forgetting={source: source.txt}")
-    finished = write_study(folder / "a", study, forgets=lambda arm, seed, step: 0.001 * step * (1 + arm.is_full))
-    write_analysis(finished.folder, "latency", made_up_latency())
-    write_report(study, finished, folder / "finished")
-    write_report(quickstart(), write_study(folder / "b", quickstart(), stop_after=20), folder / "unfinished")
-    languages = read_study(LANGUAGES).study
-    write_domains_report(languages, made_up_domains(SHOWN), not_run(languages, folder / "c"), folder / "domains")
+    write_pages(folder)
     return folder
 
 

@@ -32,7 +32,8 @@ def published_section(study: Study, findings: Findings) -> Section | None:
             paragraphs.append(_rates(findings, entry, entry.best_rate_over_full))
         for what, values in (("rank", entry.rank), ("alpha ratio", entry.alpha_ratio)):
             if values:
-                tables.append((f"{entry.source}, beside this study", _table(study, findings, entry, what, values)))
+                by = f", by {what}" if entry.rank and entry.alpha_ratio else ""  # no two captions are alike
+                tables.append((f"{entry.source}, beside this study{by}", _table(study, findings, entry, what, values)))
     return Section("Beside published figures", tuple(paragraphs), tuple(tables))
 
 
