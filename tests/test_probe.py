@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from peft import LoraConfig, TaskType, get_peft_model
 
 from sweep.study.arms import Arm
 from sweep.study.file import read_study
-from sweep.study.records import Cost, Prepared, StudyForecast
+from sweep.study.records import Cost, Prepared, Setup, StudyForecast
 from sweep.study.schema import Study
 from sweep.training.base import load_base
-from sweep.training.forecast import forecast
+from sweep.training.forecast import count_arms, forecast
 from sweep.training.locate import locate_model
 from sweep.training.prepare import prepare
 from sweep.training.probe import probe
@@ -115,3 +116,44 @@ def test_an_arm_larger_than_the_memory_is_not_tried_and_marked(
     assert rows["full"].step_time_s is None and "not tried" in rows["full"].note
     assert "MemoryError: no room" in rows[costs["r2-ratio1"].cost_key].note
     assert rows[costs["r8-ratio1"].cost_key].fits and not rows[costs["r8-ratio1"].cost_key].probed
+
+
+def killed_if_full(setup: Setup, prepared: Prepared, arm: Arm) -> tuple[float, int]:
+    if arm.is_full:
+        os._exit(9)  # as the kernel ends a process for want of memory: without a word
+    return 0.01, 1000
+
+
+def test_a_forward_pass_that_is_killed_ends_neither_the_driver_nor_the_counts_of_the_others(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study, prepared, costs, _ = found
+    probed: list[str] = []
+
+    def note(setup: object, prepared: object, arm: Arm, warmup: int, steps: int) -> Cost:
+        probed.append(arm.name)
+        return costs[arm.name]
+
+    monkeypatch.setattr("sweep.training.forecast.forward_pass", killed_if_full)
+    monkeypatch.setattr("sweep.training.forecast.probe", note)
+    arms = sorted((arm for arm in study.list_arms() if arm.name in costs), key=lambda arm: not arm.is_full)
+    rows = {row.cost_key: row for row in forecast(study.setup(str(tmp_path)), prepared, arms).arms}
+    assert not rows["full"].fits and "perhaps for want of memory" in rows["full"].note
+    assert [row.fits for key, row in rows.items() if key != "full"] == [True] * 3
+    assert probed == ["r2-ratio1", "r64-ratio1"]
+
+
+def test_no_forward_pass_of_an_arm_is_counted_in_the_drivers_process(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study, prepared, costs, _ = found
+
+    def here(*args: object) -> None:
+        raise AssertionError("this process would be killed")
+
+    monkeypatch.setattr("sweep.training.forecast.forward_cost", here)
+    (arm,) = (arm for arm in study.list_arms() if arm.name == "r8-ratio1")
+    (counted,) = count_arms(study.setup(str(tmp_path)), prepared, [arm], 2**40)
+    assert counted.step_time_s and counted.peak_memory_bytes == pytest.approx(
+        costs[arm.name].peak_memory_bytes, rel=0.2
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from sweep.study.records import Cost, Forecast, Prepared, Setup, StudyForecast, 
 from sweep.training.base import check_arm, frozen_bytes
 from sweep.training.calibration import mixed_trials
 from sweep.training.memory import forward_cost, memory_limit
-from sweep.training.probe import probe
+from sweep.training.probe import fresh_process, probe
 from sweep.training.quantization import base_bytes
 from sweep.training.rung import base_for, start_trainee, tell, tokenised
 from sweep.training.tasks import evaluation_batches, score
@@ -42,19 +42,19 @@ class Counted:
 def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> StudyForecast:
     """A forecast of every cost_key, the memory that a trial alone may take, and the seconds of an evaluation.
 
-    Each arm is counted (see `count_arm`). The smallest arm that adapts the base, the largest, and full fine-tuning are
+    Each arm is counted (see `count_arms`). The smallest arm that adapts the base, the largest, and full fine-tuning are
     then probed: alone, in a fresh process, a few steps. Probed arms are forecast as that says. The others are scaled:
     what the probes found beyond the counted memory (workspace, temporaries, what the allocator keeps) and their times
     over the forward pass's are interpolated by the number of trainable parameters.
-    An arm whose weights, gradients and moments alone exceed the memory is not tried at all, since a system may end the
-    process that asks for too much. Raises FieldError where model or data cannot be read.
+    An arm whose weights, gradients and moments alone exceed the memory is not tried at all, and one whose forward pass
+    found none is not probed. Raises FieldError where model or data cannot be read.
     """
     limit = memory_limit(base_bytes(base_for(setup, prepared, arms[0]).model))
     by_key = {arm.cost_key: arm for arm in reversed(arms)}
-    counted = [count_arm(setup, prepared, arm, limit) for arm in reversed(by_key.values())]
+    counted = count_arms(setup, prepared, list(reversed(by_key.values())), limit)
     probes: dict[str, Cost] = {}
     errors: dict[str, Exception] = {}
-    for found in to_probe([c for c in counted if c.peak_memory_bytes <= limit]):
+    for found in to_probe([c for c in counted if c.step_time_s is not None and c.peak_memory_bytes <= limit]):
         try:
             probes[found.arm.cost_key] = probe(setup, prepared, found.arm, WARMUP_STEPS, PROBE_STEPS)
         except FieldError:
@@ -66,32 +66,58 @@ def forecast(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> StudyFore
     return StudyForecast(forecasts, limit, validation_s, test_s)
 
 
-def count_arm(setup: Setup, prepared: Prepared, arm: Arm, limit: int) -> Counted:
-    """Memory and time of one arm from its tensors and a forward pass.
+def count_arms(setup: Setup, prepared: Prepared, arms: Sequence[Arm], limit: int) -> list[Counted]:
+    """Memory and time of each arm from its tensors and a forward pass.
 
     Memory: base, trained weights, their gradients and moments (4 bytes each), and what the forward pass keeps for
     the backward pass, counted. Time: the forward pass costs 2·N·tokens, a LoRA step 4·N·tokens (twice as much), and a
     step of full fine-tuning 6·N·tokens (three times as much).
+    The passes run in a process of their own, since a system may end the one that asks for too much; then in a new one.
     """
+    counted = []
+    one = fresh_process()
+    try:
+        for arm in arms:
+            found = _count_tensors(setup, prepared, arm)
+            if found.peak_memory_bytes > limit:
+                note = "not tried: its weights, gradients and optimizer state alone exceed the memory"
+                counted.append(replace(found, note=note))
+                continue
+            try:
+                seconds, kept = one.submit(forward_pass, setup, prepared, arm).result()
+            except (RuntimeError, MemoryError) as error:
+                killed = was_killed(error)
+                if killed:
+                    one.shutdown()
+                    one = fresh_process()
+                elif not is_out_of_memory(error):
+                    raise
+                why = ", perhaps for want of memory" if killed else ""
+                counted.append(replace(found, note=f"a forward pass ended in {in_one_line(error)}{why}"))
+                continue
+            peak, times = found.peak_memory_bytes + kept, 3 if arm.is_full else 2
+            counted.append(replace(found, peak_memory_bytes=peak, step_time_s=seconds * times))
+    finally:
+        one.shutdown()
+    return counted
+
+
+def _count_tensors(setup: Setup, prepared: Prepared, arm: Arm) -> Counted:
     base = base_for(setup, prepared, arm)
     trainable = check_arm(base, arm)
     weights = base_bytes(base.model) + (0 if arm.is_full else 4 * trainable + frozen_bytes(base, arm))
     beside = 4 * (1 + moment_count(setup.train.optimizer, setup.train.betas)) * trainable
-    if weights + beside > limit:
-        note = "not tried: its weights, gradients and optimizer state alone exceed the memory"
-        return Counted(arm, trainable, weights + beside, None, note)
+    return Counted(arm, trainable, weights + beside, None)
+
+
+def forward_pass(setup: Setup, prepared: Prepared, arm: Arm) -> tuple[float, int]:
+    """Seconds of a forward pass of the arm alone, and the bytes that it keeps for the backward pass."""
     trial = TrialSpec(-1, arm, 0.0, 0, "forecast", "")
+    trainee = start_trainee(setup, prepared, [trial], 0)
     try:
-        trainee = start_trainee(setup, prepared, [trial], 0)
-        try:
-            seconds, kept = forward_cost(setup, prepared, [trial], trainee, PASSES)
-        finally:
-            trainee.close()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return Counted(arm, trainable, weights + beside, None, f"a forward pass ended in {in_one_line(error)}")
-    return Counted(arm, trainable, weights + beside + kept, seconds * (3 if arm.is_full else 2))
+        return forward_cost(setup, prepared, [trial], trainee, PASSES)
+    finally:
+        trainee.close()
 
 
 def to_probe(counted: Iterable[Counted]) -> list[Counted]:

@@ -28,16 +28,21 @@ WARMUP_STEPS, MEASURED_STEPS = 3, 7
 
 
 def probe(setup: Setup, prepared: Prepared, arm: Arm, warmup: int = WARMUP_STEPS, steps: int = MEASURED_STEPS) -> Cost:
-    """Measure the arm in a process of its own, forked from one that has imported the libraries and done nothing else.
+    """Measure the arm in a process of its own, see `fresh_process`.
 
     Raises what the measurement raises, and BrokenProcessPool where its process is killed (out of memory).
     """
+    with fresh_process() as one:
+        return one.submit(measure, setup, prepared, arm, warmup, steps).result()
+
+
+def fresh_process() -> ProcessPoolExecutor:
+    """One process, forked from one that has imported the libraries and done nothing else."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what this process keeps for later would be missing there
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload([__name__, "transformers.modeling_utils"])
-    with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as one:
-        return one.submit(measure, setup, prepared, arm, warmup, steps).result()
+    return ProcessPoolExecutor(max_workers=1, mp_context=fresh)
 
 
 def measure(setup: Setup, prepared: Prepared, arm: Arm, warmup: int, steps: int) -> Cost:
