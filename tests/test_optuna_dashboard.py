@@ -1,4 +1,4 @@
-"""Optuna's own dashboard over a study's storage, in a real browser: values, pruned and failed trials, importances."""
+"""Optuna's own dashboard over a study's storage, in a real browser: values, pruned, failed and infeasible trials."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from selenium.webdriver.support.wait import WebDriverWait
 from servers import free_port, running
 
 from sweep.study.home import Home
-from sweep.study.records import COMPLETE, DIVERGED, PRUNED, Measurement, Unit
+from sweep.study.records import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Measurement, Unit
 
 pytestmark = pytest.mark.browser
-SHOWN = {COMPLETE: "Complete", PRUNED: "Pruned", DIVERGED: "Fail"}
+# On a trial's own page, which knows of no constraints.
+SHOWN = {
+    COMPLETE: "Complete",
+    PRUNED: "Pruned",
+    DIVERGED: "Fail",
+    INFEASIBLE: "Complete",
+}  # a trial's own page knows no more
 
 # Names and lengths of the bars of importances: the timeline's bars lie too, but at numbers.
 BARS = """
@@ -30,9 +36,17 @@ const bars = traces.filter(trace => trace.type === 'bar' && typeof trace.y?.[0] 
 return bars.flatMap(trace => [...trace.y].map((name, i) => [name, trace.x[i]]));
 """
 
+# Numbers of the trials that the timeline shows as infeasible.
+UNFIT = """
+const traces = [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data || []);
+return traces.filter(trace => trace.type === 'bar' && trace.name === 'Infeasible').flatMap(trace => [...trace.y]);
+"""
+
 
 def train(unit: Unit) -> tuple[Measurement, ...]:
-    """One setting of rank 2 diverges."""
+    """One setting of rank 2 diverges; full fine-tuning does not fit."""
+    if any(trial.arm.is_full for trial in unit.trials):
+        raise MemoryError("no room")
     bad = [t.arm.name == "r2-ratio1" and t.learning_rate > 0.05 for t in unit.trials]
     return tuple(
         fakes.diverged(unit, trial) if is_bad else fakes.measure(unit, trial)
@@ -60,6 +74,8 @@ def test_it_shows_the_values_the_pruned_and_the_failed_trials_and_importances(
         see(browser, f"Best Trial (number={best.spec.number})", str(best.last.eval_loss), "eval_loss")
         picture(browser, "optuna-1-study")
         importances = WebDriverWait(browser, 20).until(lambda page: dict(page.execute_script(BARS)))
+        unfit = WebDriverWait(browser, 20).until(lambda page: page.execute_script(UNFIT))
+        assert {int(n) for n in unfit} == {t.spec.number for t in trials if t.state == INFEASIBLE}
         assert set(importances) == {"rank", "alpha_ratio", "learning_rate"}
         assert sum(importances.values()) == pytest.approx(1) and min(importances.values()) > 0
 
@@ -69,7 +85,8 @@ def test_it_shows_the_values_the_pruned_and_the_failed_trials_and_importances(
             look_at_trial(browser, root, trial.spec.number, SHOWN[str(trial.state)])
             said = browser.find_element(By.TAG_NAME, "body").text
             loss = trial.last.eval_loss if trial.last else None
-            assert f"Value\n{str(loss).removesuffix('.0')}\n" in said  # JavaScript writes 2.0 as 2
+            value = "inf" if trial.state == INFEASIBLE else str(loss).removesuffix(".0")  # JavaScript writes 2.0 as 2
+            assert f"Value\n{value}\n" in said
             assert f"arm {trial.spec.arm.name}\n" in said and f"phase {trial.spec.phase}\n" in said
             assert f"learning_rate {trial.spec.learning_rate}" in said
             assert not trial.reason or f"reason {trial.reason}" in said
