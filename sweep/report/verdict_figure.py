@@ -114,7 +114,7 @@ def _panel(axes: Axes, title: str, rows: Sequence[tuple[int, Interval | None, st
     axes.set_title(title)
     axes.grid(False, axis="y")
     axes.margins(x=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(4 if is_narrow() else 6))
+    axes.xaxis.set_major_locator(MaxNLocator(4 if is_narrow() else 5))
 
 
 def _key(verdict: str) -> Line2D:
