@@ -14,7 +14,7 @@ import mlflow
 import pytest
 from commands import sweep
 from journals import write_adapter
-from synthetic import QUICKSTART, quickstart, write_study
+from synthetic import QUICKSTART, THREE_RATES, quickstart, write_study
 
 from sweep import cli, doctor, publishing
 from sweep.driver.question import write_question
@@ -216,7 +216,8 @@ def test_the_same_command_brings_a_lost_database_back(published: Home, tmp_path:
     database = published.root / "mlflow.db"
     for file in published.root.glob("mlflow.db*"):
         file.unlink()
-    done = sweep("run", str(QUICKSTART), "--home", str(published.root), cwd=tmp_path)
+    as_it_ran = [word for override in THREE_RATES for word in ("--set", override)]
+    done = sweep("run", str(QUICKSTART), *as_it_ran, "--home", str(published.root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "study quickstart is complete: nothing to do" in done.stdout
     number, artifacts = tracked(database)
