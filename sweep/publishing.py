@@ -125,7 +125,8 @@ def register_exported(
     except Exception as error:  # MLflow's own, and those of whatever carries it
         reason = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]
         raise Refused(f"MLflow at {without_credentials(tracking.uri)}: not registered: {reason}", code=FAILED) from None
-    return f'registered: {name}, version {version}: mlflow.pyfunc.load_model("models:/{name}@{alias}")'
+    load = f'mlflow.pyfunc.load_model("models:/{name}@{alias}")'
+    return f"registered: {name}, version {version}: {load} with MLFLOW_TRACKING_URI={without_credentials(tracking.uri)}"
 
 
 def evidence_for(findings: Findings, trial: TrialRecord) -> str:

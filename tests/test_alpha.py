@@ -15,7 +15,16 @@ from synthetic import quickstart, write_study
 
 from sweep.driver.plan import confirm_slots, count_finalists, pick_finalists, search_slots
 from sweep.driver.pricing import confirm_work
-from sweep.report.alpha import AlphaFit, Cells, alpha_fits, alpha_sentences, best_windows, exponent_of, lowest_point
+from sweep.report.alpha import (
+    AlphaFit,
+    Cells,
+    alpha_fits,
+    alpha_sentences,
+    best_windows,
+    exponent_of,
+    exponents_without,
+    lowest_point,
+)
 from sweep.report.confirmed import confirm_trials
 from sweep.report.intervals import Interval
 from sweep.report.report import write_report
@@ -70,9 +79,9 @@ def test_ratios_whose_best_rate_is_on_the_edge_are_left_out_by_name_and_too_few_
     [(0.2, 0.4, "fell with alpha"), (-0.4, -0.2, "rose with alpha"), (-0.1, 0.2, "is not shown to move")],
 )
 def test_the_sentence_says_no_more_than_the_interval(low: float, high: float, says: str) -> None:
-    fit = AlphaFit("rank 8", (), {}, 5, Interval(3, (low + high) / 2, low, high), ())
+    fit = AlphaFit("rank 8", (), {}, 5, Interval(3, (low + high) / 2, low, high), (), ())
     (sentence,) = alpha_sentences([fit])
-    assert says in sentence and f"{low:.2f} to {high:.2f}".replace("-", "\N{MINUS SIGN}") in sentence
+    assert says in sentence and f"{2**-high:.2f} to {2**-low:.2f}" in sentence
     assert "3 of 5 seeds" in sentence
     assert ("does not exclude 0 (alpha does nothing)" in sentence) == (low <= 0 <= high)
 
@@ -209,3 +218,23 @@ def test_seeds_lost_at_any_rate_are_told_and_counted_in_their_cell(tmp_path: Pat
 def test_studies_that_do_not_confirm_every_rate_have_no_such_section(tmp_path: Path) -> None:
     study = quickstart("confirm.finalists=arm")
     assert alpha_fits(study, write_study(tmp_path / "s", study)) == []
+
+
+def test_what_hangs_on_one_ratio_is_said_apart_from_what_does_not() -> None:
+    whole, others = Interval(3, 0.38, 0.35, 0.42), (Interval(3, 0.33, -0.05, 0.70), Interval(3, 0.46, 0.30, 0.62))
+    (sentence,) = alpha_sentences([AlphaFit("rank 8", (), {}, 3, whole, others, ())])
+    minus = "\N{MINUS SIGN}"
+    assert f"excludes {minus}1 (alpha is a learning rate), whichever ratio is left out" in sentence
+    assert f"it excludes 0 (alpha does nothing) and {minus}1/2 with all ratios alone, not with one left out" in sentence
+    assert f"With one ratio left out it is {minus}0.46 to {minus}0.33." in sentence
+
+
+def test_each_ratio_is_left_out_once() -> None:
+    cells = cells_of(0.4, WIDE, noise=0.005)
+    windows, _ = best_windows(cells)
+    assert sorted(windows) == RATIOS
+    found = exponents_without(cells, windows)
+    assert len(found) == 4
+    first = {ratio: rates for ratio, rates in windows.items() if ratio != 0.5}
+    assert found[0] == exponent_of(cells, first)
+    assert exponents_without(cells, first) == ()

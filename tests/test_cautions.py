@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy import stats
 from synthetic import quickstart, write_study
 
 from sweep.report.intervals import REFERENCE
 from sweep.report.statistics import Findings, find
 from sweep.study.arms import Arm
+from sweep.study.records import CONFIRM
+from sweep.tracking.journal import TrialRecord
 
 
 def given(folder: Path, losses: dict[int, list[float]], chance: float, *overrides: str) -> Findings:
@@ -83,4 +87,40 @@ def test_a_reference_with_the_highest_loss_is_told(tmp_path: Path) -> None:
     assert findings.warnings[0] == (
         "the reference, rank 64, has the highest loss of all ranks (0.670, 95 % interval 0.661 to 0.679): it may be "
         "badly tuned, and being non-inferior to it says little."
+    )
+
+
+def test_loss_and_accuracy_that_disagree_are_told_with_the_interval(tmp_path: Path) -> None:
+    """Rank 2 has a lower loss than full fine-tuning, and answers right less often, by a paired interval."""
+    study = quickstart()
+    record = write_study(tmp_path, study, lambda arm, seed: 0.30 if arm.is_full else 0.25 + 0.001 * seed, ends={})
+
+    def with_accuracy(trial: TrialRecord) -> TrialRecord:
+        if trial.spec.phase != CONFIRM or trial.last is None:
+            return trial
+        hits = 0.90 + 0.001 * trial.spec.seed if trial.spec.arm.is_full else 0.88 + 0.002 * trial.spec.seed
+        measured = replace(trial.last, test_metrics={**trial.last.test_metrics, "test_accuracy": hits})
+        return replace(trial, rungs=(*trial.rungs[:-1], replace(trial.rungs[-1], measurement=measured)))
+
+    findings = find(study, replace(record, trials=tuple(with_accuracy(t) for t in record.trials)))
+    # full − rank 2 in points: 1.9, 1.8, 1.7, 1.6, 1.5
+    interval = stats.t.interval(0.95, 4, loc=1.7, scale=stats.sem([1.9, 1.8, 1.7, 1.6, 1.5]))
+    low, high = (f"\N{MINUS SIGN}{value:.1f}" for value in interval[::-1])
+    (told,) = [w for w in findings.warnings if "disagree" in w]
+    assert "against full fine-tuning the recommended arm's loss is lower, and its accuracy lower by 1.7 points" in told
+    assert f"(95 % interval {low} to {high}, 5 paired seeds)" in told
+
+
+def test_a_sequence_that_stopped_is_among_what_is_not_known(tmp_path: Path) -> None:
+    noise = {1: 0.2, 2: -0.2, 3: 0.1, 4: -0.1, 5: 0.0}
+    study = quickstart()
+    record = write_study(
+        tmp_path, study, lambda arm, s: 0.3 + (noise[s] if arm.r == 4 else 0.001 * ((arm.r + s) % 3)), ends={}
+    )
+    findings = find(study, record)
+    stopped = findings.result("r4-ratio2")
+    assert findings.recommended == "r8-ratio2" and stopped and stopped.to_reference and stopped.to_reference.upper
+    assert (
+        f"whether a smaller rank would do: the sequence stopped at rank 4, whose one-sided bound is "
+        f"+{stopped.to_reference.upper:.4f}, so that rank 2 was not tested" in findings.sentences[-1]
     )

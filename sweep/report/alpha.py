@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sweep.report.intervals import Interval, t_interval
-from sweep.report.words import join, number, plural, signed, span
+from sweep.report.words import join, plural, signed, span
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, CONFIRM
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
+
+MEANT = {0.0: "0 (alpha does nothing)", 0.5: "\N{MINUS SIGN}1/2", 1.0: "\N{MINUS SIGN}1 (alpha is a learning rate)"}
 
 Cells = dict[tuple[float, float], dict[int, float]]  # (alpha ratio, learning rate) -> test loss by seed
 
@@ -26,6 +28,7 @@ class AlphaFit:
     cells: Cells
     seeds: int  # of the confirm phase
     exponent: Interval | None  # γ in best rate ∝ ratio^−γ, over seeds; 1: alpha is a learning rate, 0: it does nothing
+    without: tuple[Interval, ...]  # the same with each of the ratios left out, where three are left
     on_edge: tuple[float, ...]  # ratios that are left out, since their best rate lies on the edge of what was tried
 
 
@@ -42,8 +45,8 @@ def alpha_fits(study: Study, record: StudyRecord) -> list[AlphaFit]:
         if len(several) > 1:
             windows, on_edge = best_windows(cells)
             title = arms[0].group if len(by_kind) == len({a[0].group for a in by_kind.values()}) else kind
-            exponent = exponent_of(cells, windows)
-            fits.append(AlphaFit(title, tuple(arms), cells, len(study.confirm.seeds), exponent, on_edge))
+            exponent, without = exponent_of(cells, windows), exponents_without(cells, windows)
+            fits.append(AlphaFit(title, tuple(arms), cells, len(study.confirm.seeds), exponent, without, on_edge))
     return fits
 
 
@@ -94,6 +97,14 @@ def exponent_of(cells: Cells, windows: Mapping[float, Sequence[float]]) -> Inter
     return t_interval(found) if len(found) > 1 else None
 
 
+def exponents_without(cells: Cells, windows: Mapping[float, Sequence[float]]) -> tuple[Interval, ...]:
+    """γ with one ratio left out at a time: how much hangs on each. Empty where fewer than three would be left."""
+    if len(windows) < 4:
+        return ()
+    found = [exponent_of(cells, {r: rates for r, rates in windows.items() if r != left_out}) for left_out in windows]
+    return tuple(interval for interval in found if interval is not None)
+
+
 def lowest_point(losses: Mapping[float, float]) -> float | None:
     """Where the parabola through three losses by rate is lowest, in logs; None where it has no lowest point."""
     a, b, _ = np.polyfit(np.log(list(losses)), np.log(list(losses.values())), 2)
@@ -109,8 +120,6 @@ def _sentence(fit: AlphaFit, named: bool) -> str:
         )
     gamma = fit.exponent
     assert gamma.low is not None and gamma.high is not None
-    named_values = ((0.0, "0 (alpha does nothing)"), (0.5, "1/2"), (1.0, "1 (alpha is a learning rate)"))
-    held = [words for value, words in named_values if gamma.low <= value <= gamma.high]
     moved = (
         "fell with alpha"
         if gamma.low > 0
@@ -119,9 +128,32 @@ def _sentence(fit: AlphaFit, named: bool) -> str:
         else "is not shown to move with alpha"
     )
     left_out = f"; without ratio {join([f'{r:g}' for r in fit.on_edge])}, best on the edge" if fit.on_edge else ""
+    seeds = f"{gamma.n} of {plural(fit.seeds, 'seed')}{left_out}"
+    ends = f"95 % interval over seeds {2**-gamma.high:.2f} to {2**-gamma.low:.2f}, {seeds}"
+    exponents = f"{signed(-gamma.mean, 2)} ({span(-gamma.high, -gamma.low, 2, plus=True)})"
     return (
-        f"{where} best learning rate {moved}: it goes as alpha to the power of {signed(-gamma.mean, 2)} (exponent "
-        f"{number(gamma.mean, 2)}, 95 % interval {span(gamma.low, gamma.high, 2)}, {gamma.n} of "
-        f"{plural(fit.seeds, 'seed')}{left_out}), which "
-        + (f"does not exclude {' or '.join(held)}." if held else "excludes 0, 1/2 and 1.")
+        f"{where} best learning rate {moved}: for twice the alpha it is {2**-gamma.mean:.2f} times as high ({ends}), "
+        f"an exponent of {exponents}. {_excluded(gamma, fit.without)}"
     )
+
+
+def _excluded(gamma: Interval, without: Sequence[Interval]) -> str:
+    """Which exponents the interval excludes: with any one ratio left out, with all of them alone, or not."""
+    always, once, held = [], [], []
+    for value, words in MEANT.items():
+        if _holds(gamma, value):
+            held.append(words)
+        elif any(_holds(other, value) for other in without):
+            once.append(words)
+        else:
+            always.append(words)
+    parts = [f"excludes {join(always)}" + (", whichever ratio is left out" if without else "")] if always else []
+    parts += [f"excludes {join(once)} with all ratios alone, not with one left out"] if once else []
+    parts += [f"does not exclude {join(held)}"] if held else []
+    means = [other.mean for other in without]
+    moves = f" With one ratio left out it is {span(-max(means), -min(means), 2, plus=True)}." if means else ""
+    return f"The interval {'; it '.join(parts)}.{moves}"
+
+
+def _holds(interval: Interval, value: float) -> bool:
+    return interval.low is not None and interval.high is not None and interval.low <= value <= interval.high

@@ -19,13 +19,14 @@ from sweep.tracking.journal import StudyRecord
 MARKERS = "osD^vP"
 MEANING = (
     "A ratio's best rate is the lowest point of a parabola, in logs, through the losses of a seed at the rate that is "
-    "best on average and at the two beside it. If alpha were a learning rate, the best rate would fall as 1 / alpha: "
-    "exponent 1, and the curves would lie on one another once the rate is multiplied by alpha / r. If alpha did "
-    "nothing the exponent would be 0. AdamW's steps do not depend on the size of a gradient, so that twice the alpha "
-    "is exactly twice the rate of B alone (A keeps its own): 1 while A has hardly moved, and 1/2 where A's own steps "
-    "matter as much, since the rate then counts twice and alpha once."
+    "best on average and at the two beside it; the interval is over seeds, and does not hold what the choice of "
+    "ratios, rates and of the parabola does. If alpha were a learning rate, the best rate would fall as 1 / alpha, an "
+    "exponent of −1, and the curves would lie on one another once the rate is multiplied by alpha / r; 0 were alpha to "
+    "do nothing. AdamW's steps do not depend on the size of a gradient, so that twice the alpha is exactly twice the "
+    "rate of B alone (A keeps its own): −1 while A has hardly moved, and −1/2 where A's own steps matter as much, "
+    "since the rate then counts twice and alpha once."
 )
-HEAD = " The classifier's head is trained at the learning rate too, and alpha does not reach it: that pulls towards 0."
+HEAD = " The classifier's head is trained at the learning rate too, and alpha does not reach it."
 
 
 def alpha_section(study: Study, record: StudyRecord, figures: Path) -> Section | None:

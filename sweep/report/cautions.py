@@ -39,6 +39,7 @@ def cautions(
             f"{_called(study, result)}'s test loss is {number(-pairs.mean, decimals)} lower than that of the "
             f"recommended arm ({sure}), more than ε = {epsilon:g}."
         )
+    told += _accuracy_against_loss(study, results, pick)
     lora = [r for r in results if r.seeds and r.arm.r]
     reference = next((r for r in lora if r.verdict == REFERENCE), None)
     others = [r.loss_mean for r in lora if reference is not None and r.arm.r != reference.arm.r]
@@ -50,6 +51,38 @@ def cautions(
             f"({number(reference.loss_mean, decimals)}, {sure}): it may be badly tuned, and being non-inferior to it "
             "says little."
         )
+    return told
+
+
+def _accuracy_against_loss(study: Study, results: Sequence[ArmResult], pick: ArmResult | None) -> list[str]:
+    """Where the recommended arm has the lower loss and is shown to have the lower accuracy, or the other way round."""
+    told = []
+    for other in results:
+        if (
+            pick is None
+            or other is pick
+            or pick.metric_name != "accuracy"
+            or not (other.arm.is_full or other.verdict == REFERENCE)
+        ):
+            continue
+        theirs = {s: (loss, hit) for s, loss, hit in zip(other.seeds, other.test_losses, other.metrics, strict=True)}
+        pairs = [
+            (loss, hit, *theirs[s])
+            for s, loss, hit in zip(pick.seeds, pick.test_losses, pick.metrics, strict=True)
+            if s in theirs
+        ]
+        if len(pairs) < 2:
+            continue
+        loss, hits = t_interval([p[0] - p[2] for p in pairs]), t_interval([100 * (p[1] - p[3]) for p in pairs])
+        assert hits.low is not None and hits.high is not None
+        if (hits.high < 0 and loss.mean < 0) or (hits.low > 0 and loss.mean > 0):
+            ends = ("lower" if found.mean < 0 else "higher" for found in (loss, hits))
+            told.append(
+                f"loss and accuracy disagree: against {_called(study, other)} the recommended arm's loss is "
+                f"{next(ends)}, and its accuracy {next(ends)} by "
+                f"{number(abs(hits.mean), 1)} points (95 % interval {span(hits.low, hits.high, 1, plus=True)}, "
+                f"{plural(hits.n, 'paired seed')}). The verdicts are about loss."
+            )
     return told
 
 

@@ -128,7 +128,8 @@ def _needs(ours: ArmResult, theirs: ArmResult) -> str:
         parts.append(f"{share(ours.cost.step_time_s, theirs.cost.step_time_s)} of the time a step")
     if ours.cost and theirs.cost and theirs.cost.adapter_bytes:
         parts.append(f"{share(ours.cost.adapter_bytes, theirs.cost.adapter_bytes)} of the disk space")
-    return join(parts) if parts else ""
+    uneven = any(r.cost is not None and r.cost.uneven for r in (ours, theirs))
+    return (join(parts) if parts else "") + (" (its time was measured too unevenly to say)" if uneven and parts else "")
 
 
 def _loses(study: Study, pick: ArmResult, pairs: Interval) -> str:
@@ -147,6 +148,21 @@ def _not_known(study: Study, findings: Findings, pick: ArmResult) -> str:
     if rivals and study.confirm.finalists == "rank":
         rest = f"{arm_title(pick.arm, study.list_arms())} beats {join([apart(a, study.list_arms()) for a in rivals])}"
         unknown.append(f"whether {rest}, since search chose between them on one seed")
+    reference = findings.result(findings.reference)
+    ranks = [r for r in findings.arms if r.arm.r and r.seeds]
+    if reference is not None and len(ranks) > 1 and reference.loss_mean >= max(r.loss_mean for r in ranks):
+        unknown.append("whether the reference is well tuned, as it has the highest loss of all ranks")
+    smaller = sorted({r.arm.r for r in ranks if r.in_sequence and r.arm.r < pick.arm.r and r.verdict == INCONCLUSIVE})
+    if smaller:
+        stop = next(r for r in ranks if r.in_sequence and r.arm.r == smaller[-1])
+        bound = stop.to_reference.upper if stop.to_reference else None
+        at = (
+            ""
+            if bound is None
+            else f", whose one-sided bound is {signed(bound, loss_decimals(study.confirm.epsilon) + 1)}"
+        )
+        lower = f", so that {plural_ranks(smaller[:-1])} not tested" if smaller[:-1] else ""
+        unknown.append(f"whether a smaller rank would do: the sequence stopped at rank {stop.arm.r}{at}{lower}")
     unsure = [r.arm for r in findings.arms if r.arm in rivals and r.verdict == INCONCLUSIVE]
     if unsure:
         unknown.append(f"whether {join([apart(a, study.list_arms()) for a in unsure])} would do as well within ε")
@@ -158,6 +174,11 @@ def _not_known(study: Study, findings: Findings, pick: ArmResult) -> str:
         unknown.append("whether full fine-tuning is better by more than ε")
     unknown.append(f"how it is beyond {study.train.steps} steps, or with another split, data set or model")
     return f"Not known: {'; '.join(unknown)}."
+
+
+def plural_ranks(ranks: list[int]) -> str:
+    """ "ranks 1 and 2 were", "rank 2 was"."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {join([str(r) for r in ranks])} {'were' if len(ranks) > 1 else 'was'}"
 
 
 def _setting(study: Study, result: ArmResult) -> str:

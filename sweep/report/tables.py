@@ -227,7 +227,11 @@ def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) ->
         Cell(result.verdict or "–", against, result.note, means[1]),
         Cell(count(result.trainable_params), value=result.trainable_params),
         Cell(size(cost.peak_memory_bytes if cost else None), value=cost.peak_memory_bytes if cost else None),
-        Cell(duration(cost.step_time_s if cost else None), value=cost.step_time_s if cost else None),
+        Cell(
+            duration(cost.step_time_s if cost else None),
+            note="uneven steps" if cost and cost.uneven else "",
+            value=cost.step_time_s if cost else None,
+        ),
         Cell(size(cost.adapter_bytes if cost else None), value=cost.adapter_bytes if cost else None),
     )
 

@@ -96,7 +96,7 @@ def duration(seconds: float | None) -> str:
 def share(ours: float, theirs: float) -> str:
     """Ours as a percentage of theirs."""
     percent = 100 * ours / theirs
-    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:#.2g} %"
 
 
 def join(parts: list[str]) -> str:
