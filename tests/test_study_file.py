@@ -54,6 +54,15 @@ def test_every_study_in_the_repository_loads(path: Path) -> None:
     assert read_study(path).study.list_arms()
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_that_was_written_out_reads_as_it_was(path: Path, tmp_path: Path) -> None:
+    """The home keeps it so, and every command but run reads it from there."""
+    study = read_study(path).study
+    again = tmp_path / "study.yaml"
+    again.write_text(dump_study(study), encoding="utf-8")
+    assert read_study(again).study == study
+
+
 def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(GOOD)

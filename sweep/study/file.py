@@ -112,12 +112,12 @@ def validate(raw: dict[str, Any], line_of: Mapping[FieldPath, int]) -> tuple[Stu
 
 def dump_study(study: Study) -> str:
     """The study as YAML with every default written out: what a later run is held against."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def dotted(study: Study) -> dict[str, Any]:
     """Dotted key -> value, with every default."""
-    return dict(_flat(study.model_dump(mode="json"), ""))
+    return dict(_flat(study.model_dump(), ""))
 
 
 def what_changed(before: str, after: str) -> list[str]:
@@ -137,7 +137,7 @@ def _asked(dump: str) -> dict[str, Any]:
     """Dotted key -> value. Keys that came into the schema after the dump was written take their defaults."""
     raw = yaml.safe_load(dump)
     with suppress(ValidationError):  # written by another version: hold it as it stands
-        raw = Study.model_validate(raw).model_dump(mode="json")
+        raw = Study.model_validate(raw).model_dump()
     asked = dict(_flat(raw, ""))
     asked.pop("storage", None)
     return {key: value for key, value in asked.items() if key.split(".")[0] not in ("rank_use", "published")}
