@@ -14,6 +14,7 @@ from peft_reference import arm, curve, peft_curve, train, trial
 
 from sweep.study.file import read_study
 from sweep.study.records import Prepared, Setup, Unit
+from sweep.study.schema import rate_values
 from sweep.training.prepare import prepare
 from sweep.training.rung import train_rung
 
@@ -45,7 +46,8 @@ def test_bfloat16_trial_does_not_notice_its_neighbours_either(bbc: tuple[Setup, 
 
 @pytest.mark.slow
 def test_the_decision_is_the_same_in_bfloat16_and_float32(tmp_path: Path) -> None:
-    """The quickstart's finalists at their rates, fresh seeds, to the full budget, in both precisions.
+    """The quickstart's finalists at their rates, and one at the lowest that was tried, which is clearly worse: fresh
+    seeds, to the full budget, in both precisions.
 
     Wherever float32 tells two arms apart beyond the seed noise (a paired t above 2), bfloat16 orders them alike; and
     a trial's test loss moves by less between the precisions than from seed to seed.
@@ -54,24 +56,25 @@ def test_the_decision_is_the_same_in_bfloat16_and_float32(tmp_path: Path) -> Non
     arms = {one.name: one for one in study.list_arms()}
     with open("reports/quickstart/trials.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["phase"] == "confirm" and row["arm"] != "full"]
-    rates = {row["arm"]: float(row["learning_rate"]) for row in rows}
+    rates = list({(row["arm"], float(row["learning_rate"])): None for row in rows})
+    rates.append((rates[0][0], rate_values(study.tune.learning_rate)[0]))
     setup = study.setup(str(tmp_path / "cache"))
-    prepared = replace(prepare(setup, tuple(arms[name] for name in rates)), attention="eager")
-    losses: dict[str, dict[str, list[float]]] = {}
+    prepared = replace(prepare(setup, tuple(arms[name] for name, _ in rates)), attention="eager")
+    losses: dict[str, dict[tuple[str, float], list[float]]] = {}
     for precision in ("float32", "bfloat16"):
-        found: dict[str, list[float]] = {name: [] for name in rates}
+        found: dict[tuple[str, float], list[float]] = {entry: [] for entry in rates}
         for seed in SEEDS:
             trials = tuple(
                 trial(i, arms[name], rate, seed, tmp_path / precision / str(seed))
-                for i, (name, rate) in enumerate(rates.items())
+                for i, (name, rate) in enumerate(rates)
             )
             unit = Unit(setup, replace(prepared, precision=precision), trials, 0, study.train.steps, test=True)
             for one, measurement in zip(trials, train_rung(unit), strict=True):
-                found[one.arm.name].append(measurement.test_metrics["test_loss"])
+                found[one.arm.name, one.learning_rate].append(measurement.test_metrics["test_loss"])
         losses[precision] = found
     noise = statistics.fmean(statistics.stdev(seeds) for seeds in losses["float32"].values())
     moved = [
-        abs(a - b) for name in rates for a, b in zip(losses["float32"][name], losses["bfloat16"][name], strict=True)
+        abs(a - b) for entry in rates for a, b in zip(losses["float32"][entry], losses["bfloat16"][entry], strict=True)
     ]
     assert statistics.fmean(moved) < noise
     told_apart = 0
