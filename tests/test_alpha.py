@@ -79,7 +79,7 @@ def test_ratios_whose_best_rate_is_on_the_edge_are_left_out_by_name_and_too_few_
     [(0.2, 0.4, "fell with alpha"), (-0.4, -0.2, "rose with alpha"), (-0.1, 0.2, "is not shown to move")],
 )
 def test_the_sentence_says_no_more_than_the_interval(low: float, high: float, says: str) -> None:
-    fit = AlphaFit("rank 8", (), {}, 5, Interval(3, (low + high) / 2, low, high), (), ())
+    fit = AlphaFit("rank 8", {}, 5, Interval(3, (low + high) / 2, low, high), (), ())
     (sentence,) = alpha_sentences([fit])
     assert says in sentence and f"{2**-high:.2f} to {2**-low:.2f}" in sentence
     assert "3 of 5 seeds" in sentence
@@ -222,7 +222,7 @@ def test_studies_that_do_not_confirm_every_rate_have_no_such_section(tmp_path: P
 
 def test_what_hangs_on_one_ratio_is_said_apart_from_what_does_not() -> None:
     whole, others = Interval(3, 0.38, 0.35, 0.42), (Interval(3, 0.33, -0.05, 0.70), Interval(3, 0.46, 0.30, 0.62))
-    (sentence,) = alpha_sentences([AlphaFit("rank 8", (), {}, 3, whole, others, ())])
+    (sentence,) = alpha_sentences([AlphaFit("rank 8", {}, 3, whole, others, ())])
     minus = "\N{MINUS SIGN}"
     assert f"excludes {minus}1 (alpha is a learning rate), whichever ratio is left out" in sentence
     assert f"it excludes 0 (alpha does nothing) and {minus}1/2 with all ratios alone, not with one left out" in sentence

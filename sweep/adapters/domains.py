@@ -27,7 +27,7 @@ from sweep.training.batches import collate
 from sweep.training.checkpoint import load_weights
 from sweep.training.data import TokenisedData, load_data
 from sweep.training.locate import ModelPlace, load_tokenizer, locate_model
-from sweep.training.tasks import evaluate
+from sweep.training.tasks import CAUSAL_LM, evaluation_passes, summarise
 from sweep.training.tokens import Split
 
 MIXED = "mixed"
@@ -171,8 +171,8 @@ def _losses(
         told = pack.forward_pass if pack else None
         found: list[dict[str, float]] = [{} for _ in range(max(1, len(adapters)))]
         for domain, split in texts.items():
-            scores = evaluate(base.model, split, "causal-lm", len(found), pad_token_id, base.plain_head, told)
-            for losses, score in zip(found, scores, strict=True):
+            passes = evaluation_passes(base.model, split, CAUSAL_LM, len(found), pad_token_id, base.plain_head, told)
+            for losses, score in zip(found, summarise(passes, CAUSAL_LM), strict=True):
                 losses[domain] = score["loss"]
         return found
     finally:

@@ -24,7 +24,6 @@ class AlphaFit:
     """Arms that differ in alpha alone, confirmed at every rate. Losses are test losses of the confirm trials."""
 
     title: str
-    arms: tuple[Arm, ...]
     cells: Cells
     seeds: int  # of the confirm phase
     exponent: Interval | None  # γ in best rate ∝ ratio^−γ, over seeds; 1: alpha is a learning rate, 0: it does nothing
@@ -46,7 +45,7 @@ def alpha_fits(study: Study, record: StudyRecord) -> list[AlphaFit]:
             windows, on_edge = best_windows(cells)
             title = arms[0].group if len(by_kind) == len({a[0].group for a in by_kind.values()}) else kind
             exponent, without = exponent_of(cells, windows), exponents_without(cells, windows)
-            fits.append(AlphaFit(title, tuple(arms), cells, len(study.confirm.seeds), exponent, without, on_edge))
+            fits.append(AlphaFit(title, cells, len(study.confirm.seeds), exponent, without, on_edge))
     return fits
 
 

@@ -40,10 +40,8 @@ def cautions(
             f"recommended arm ({sure}), more than ε = {epsilon:g}."
         )
     told += _accuracy_against_loss(study, results, pick)
-    lora = [r for r in results if r.seeds and r.arm.r]
-    reference = next((r for r in lora if r.verdict == REFERENCE), None)
-    others = [r.loss_mean for r in lora if reference is not None and r.arm.r != reference.arm.r]
-    if reference is not None and others and reference.loss_mean > max(others):
+    reference = next((r for r in results if r.seeds and r.verdict == REFERENCE), None)
+    if reference is not None and is_worst_rank(reference, results):
         ends = span(reference.loss_low, reference.loss_high, decimals)
         sure = f"95 % interval {ends}" if ends else "one seed: no interval"
         told.append(
@@ -52,6 +50,12 @@ def cautions(
             "says little."
         )
     return told
+
+
+def is_worst_rank(reference: ArmResult, results: Sequence[ArmResult]) -> bool:
+    """Whether all confirmed arms of other ranks have a lower mean loss."""
+    others = [r.loss_mean for r in results if r.seeds and r.arm.r and r.arm.r != reference.arm.r]
+    return bool(others) and reference.loss_mean > max(others)
 
 
 def _accuracy_against_loss(study: Study, results: Sequence[ArmResult], pick: ArmResult | None) -> list[str]:

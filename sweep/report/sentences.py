@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sweep.report.cautions import is_worst_rank
 from sweep.report.intervals import INCONCLUSIVE, NON_INFERIOR, Interval
 from sweep.report.results import ArmResult, Findings
 from sweep.report.words import apart, arm_title, join, loss_decimals, number, plural, rate, share, signed, span
@@ -150,18 +151,15 @@ def _not_known(study: Study, findings: Findings, pick: ArmResult) -> str:
         unknown.append(f"whether {rest}, since search chose between them on one seed")
     reference = findings.result(findings.reference)
     ranks = [r for r in findings.arms if r.arm.r and r.seeds]
-    if reference is not None and len(ranks) > 1 and reference.loss_mean >= max(r.loss_mean for r in ranks):
+    if reference is not None and is_worst_rank(reference, findings.arms):
         unknown.append("whether the reference is well tuned, as it has the highest loss of all ranks")
     smaller = sorted({r.arm.r for r in ranks if r.in_sequence and r.arm.r < pick.arm.r and r.verdict == INCONCLUSIVE})
     if smaller:
         stop = next(r for r in ranks if r.in_sequence and r.arm.r == smaller[-1])
         bound = stop.to_reference.upper if stop.to_reference else None
-        at = (
-            ""
-            if bound is None
-            else f", whose one-sided bound is {signed(bound, loss_decimals(study.confirm.epsilon) + 1)}"
-        )
-        lower = f", so that {plural_ranks(smaller[:-1])} not tested" if smaller[:-1] else ""
+        decimals = loss_decimals(study.confirm.epsilon) + 1  # what stopped it may be close
+        at = "" if bound is None else f", whose one-sided bound is {signed(bound, decimals)}"
+        lower = f", so that {_ranks_were(smaller[:-1])} not tested" if smaller[:-1] else ""
         unknown.append(f"whether a smaller rank would do: the sequence stopped at rank {stop.arm.r}{at}{lower}")
     unsure = [r.arm for r in findings.arms if r.arm in rivals and r.verdict == INCONCLUSIVE]
     if unsure:
@@ -176,7 +174,7 @@ def _not_known(study: Study, findings: Findings, pick: ArmResult) -> str:
     return f"Not known: {'; '.join(unknown)}."
 
 
-def plural_ranks(ranks: list[int]) -> str:
+def _ranks_were(ranks: list[int]) -> str:
     """ "ranks 1 and 2 were", "rank 2 was"."""
     return f"rank{'s' if len(ranks) > 1 else ''} {join([str(r) for r in ranks])} {'were' if len(ranks) > 1 else 'was'}"
 

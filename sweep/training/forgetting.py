@@ -32,8 +32,8 @@ from sweep.training.tasks import (
     CAUSAL_LM,
     CLASSIFICATION,
     Scores,
-    evaluate,
     evaluation_batches,
+    evaluation_passes,
     summarise,
     sums_by_row,
     tell_pass,
@@ -114,16 +114,15 @@ def load_language_model(place: ModelPlace, precision: str, attention: str) -> La
 def text_losses(
     model: LanguageModel, text: HeldOutText, trials: int, pad_token_id: int, told: ForwardPass | None = None
 ) -> list[float]:
-    """Each trial's mean loss over the text's target tokens. told: see `evaluate`."""
+    """Each trial's mean loss over the text's target tokens. told: see `evaluation_passes`."""
     if text.mask_token_id is None:
-        found = evaluate(model.model, text.split, CAUSAL_LM, trials, pad_token_id, model.plain_head, told)
+        passes = evaluation_passes(model.model, text.split, CAUSAL_LM, trials, pad_token_id, model.plain_head, told)
     else:
         passes = []
         for batch in evaluation_batches(model.model, text.split, CAUSAL_LM, trials, pad_token_id):
             tell_pass(told, batch, None)
             passes.append(_masked_scores(model.model, batch, trials, text.mask_token_id))
-        found = summarise(passes, CAUSAL_LM)
-    return [scores["loss"] for scores in found]
+    return [scores["loss"] for scores in summarise(passes, CAUSAL_LM)]
 
 
 @torch.no_grad()

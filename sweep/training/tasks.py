@@ -153,19 +153,6 @@ def evaluation_batches(model: Any, split: AnySplit, task: str, trials: int, pad_
         yield collate(split, np.tile(order[i : i + per_pass], trials), pad_token_id)
 
 
-def evaluate(
-    model: Any,
-    split: AnySplit,
-    task: str,
-    trials: int,
-    pad_token_id: int,
-    plain_head: bool = False,
-    told: ForwardPass | None = None,
-) -> list[dict[str, float]]:
-    """Every trial on all rows of a split; see `summarise`. told: the installed pack's, None where there is none."""
-    return summarise(evaluation_passes(model, split, task, trials, pad_token_id, plain_head, told), task)
-
-
 def evaluation_passes(
     model: Any,
     split: AnySplit,
@@ -175,7 +162,10 @@ def evaluation_passes(
     plain_head: bool = False,
     told: ForwardPass | None = None,
 ) -> list[Scores]:
-    """As `evaluate`, row by row: the rows stand in one order whatever the number of trials."""
+    """Every trial on all rows of a split, in one order whatever the number of trials; see `summarise`, `row_losses`.
+
+    told: the installed pack's, None where there is none.
+    """
     found = []
     for batch in evaluation_batches(model, split, task, trials, pad_token_id):
         tell_pass(told, batch, None)
