@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweep.study.arms import FULL
+from sweep.study.finalists import count_confirm_trials, count_finalists, count_search_trials
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Prepared, StudyForecast
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -148,7 +149,6 @@ def plan(
     study: Study, prepared: Prepared, forecast: StudyForecast, an_hour: float | None
 ) -> tuple[list[str], Table, list[str]]:
     """What a dry run shows: (lines, a table with a row an arm, lines below it). an_hour: what an hour costs."""
-    from sweep.driver.plan import count_finalists
     from sweep.driver.pricing import price_arms, shortage
     from sweep.report import words
     from sweep.report.truncation import truncation_lines
@@ -156,8 +156,7 @@ def plan(
     arms = study.list_arms()
     rates = {arm.name: rate_values(study.rates(arm)) for arm in arms}
     finalists = count_finalists(study)
-    searches = sum(len(values) for values in rates.values())
-    confirms = finalists * len(study.confirm.seeds)
+    searches, confirms = count_search_trials(study), count_confirm_trials(study)
     lines = [
         f"{study.model} with {prepared.total_params:,} parameters on {prepared.device}; "
         f"packs of up to {prepared.pack_size} in {prepared.precision} with {prepared.attention} attention; rows: "

@@ -13,7 +13,7 @@ from fakes import make_study
 from scipy import stats
 from synthetic import quickstart, write_study
 
-from sweep.driver.plan import confirm_slots, count_finalists, pick_finalists, search_slots
+from sweep.driver.plan import confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import confirm_work
 from sweep.report.alpha import (
     AlphaFit,
@@ -29,6 +29,7 @@ from sweep.report.confirmed import confirm_trials
 from sweep.report.intervals import Interval
 from sweep.report.report import write_report
 from sweep.report.statistics import find
+from sweep.study.finalists import count_finalists
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, SEARCH
 from sweep.study.schema import rate_values

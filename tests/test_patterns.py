@@ -12,10 +12,11 @@ from random_packs import Trial, peft_model
 from synthetic import quickstart, write_study
 
 from sweep.driver.groups import form_groups
-from sweep.driver.plan import finalist_groups, search_slots
+from sweep.driver.plan import search_slots
 from sweep.report.statistics import find
 from sweep.study.arms import Arm, lora_arms
 from sweep.study.errors import FieldError
+from sweep.study.finalists import finalist_groups
 from sweep.study.records import arm_from_json
 from sweep.training.base import Base, check_arm
 

@@ -25,7 +25,7 @@ from sweep.driver.packing import (
 )
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
-from sweep.driver.progress import Progress, confirm_trials, snapshot, start_tally
+from sweep.driver.progress import Progress, snapshot, start_tally
 from sweep.driver.provenance import describe_session
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
 from sweep.driver.session import Session, ask, can_ask, end, settle, warn
@@ -35,6 +35,7 @@ from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.report.truncation import truncation_lines
 from sweep.study.errors import FieldError, in_one_line, is_out_of_memory, was_killed
+from sweep.study.finalists import count_confirm_trials
 from sweep.study.home import StudyFolder
 from sweep.study.records import (
     CONFIRM,
@@ -292,7 +293,7 @@ def _choose(session: Session, slots: tuple[Slot, ...]) -> Finalists:
         warn(session, message)
     append(session.folder.journal, "finalists", finalists=[list(entry) for entry in finalists])
     tally = session.tally
-    tally.total = len(slots) + (confirm_trials(session.study, finalists) if finalists else 0)
+    tally.total = len(slots) + (count_confirm_trials(session.study, len(finalists)) if finalists else 0)
     tally.steps_left = steps_ahead(session.study, session.records, finalists) if finalists else 0
     session.say("finalists: " + (", ".join(f"{arm} at {rate:g}" for arm, rate in finalists) or "none"))
     return finalists

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sweep.driver.plan import Finalists, Slot, confirm_slots, search_slots
-from sweep.driver.progress import confirm_trials
 from sweep.driver.pruning import Standing, Verdict, judge, steps_left
+from sweep.study.finalists import count_confirm_trials
 from sweep.study.schema import Study
 from sweep.tracking.journal import TrialRecord
 
@@ -54,7 +54,7 @@ def steps_ahead(study: Study, records: Mapping[str, TrialRecord], finalists: Fin
     for group in groups:
         judge_group(group, records)
         total += group_steps(group)
-    return total if finalists else total + confirm_trials(study, finalists) * study.train.steps
+    return total if finalists else total + count_confirm_trials(study) * study.train.steps
 
 
 def _standing(slot: Slot, record: TrialRecord | None) -> Standing:

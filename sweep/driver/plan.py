@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sweep.study.arms import Arm
+from sweep.study.finalists import finalist_groups
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, SEARCH
 from sweep.study.schema import Range, Study, rate_values
 from sweep.tracking.journal import TrialRecord
@@ -65,17 +66,6 @@ def confirm_slot(arm: Arm, rate: float, seed: int) -> str:
     return f"{CONFIRM}/{arm.name}/{rate!r}/{seed}"
 
 
-def finalist_groups(study: Study) -> dict[str, list[Arm]]:
-    """The arms of which one each goes to the confirm phase, by the name a message gives the group."""
-    groups: dict[str, list[Arm]] = {}
-    for arm in study.list_arms():
-        if study.confirm.finalists != "rank":
-            groups[f"arm {arm.name}"] = [arm]
-        else:
-            groups.setdefault(arm.group, []).append(arm)
-    return groups
-
-
 def pick_finalists(
     study: Study, slots: Sequence[Slot], records: Mapping[str, TrialRecord]
 ) -> tuple[Finalists, list[str]]:
@@ -106,16 +96,6 @@ def pick_finalists(
                 why = f"every trial of its search diverged{', did not fit' * (INFEASIBLE in states)} or failed"
             warnings.append(f"{name} has no finalist: {why}")
     return tuple(finalists), warnings
-
-
-def count_finalists(study: Study) -> int:
-    """How many finalists there are at most, before the search has chosen them."""
-    return sum(rates_confirmed(study, arms[0]) for arms in finalist_groups(study).values())
-
-
-def rates_confirmed(study: Study, arm: Arm) -> int:
-    """With how many learning rates an arm goes to the confirm phase, should it be a finalist."""
-    return len(rate_values(study.rates(arm))) if study.confirm.finalists == "rate" else 1
 
 
 def rate_bounds(study: Study) -> tuple[float, float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from sweep.driver.plan import finalist_groups, rates_confirmed
 from sweep.driver.pruning import kept, steps_left
 from sweep.report.words import duration, size
 from sweep.study.arms import Arm
+from sweep.study.finalists import finalist_groups, rates_confirmed
 from sweep.study.records import Forecast, Prepared, StudyForecast
 from sweep.study.schema import Study, rate_values
 

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sweep.driver.plan import Finalists, count_finalists
+from sweep.driver.plan import Finalists
+from sweep.study.finalists import count_confirm_trials, count_search_trials
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Measurement
-from sweep.study.schema import Study, rate_values
+from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
 
@@ -58,24 +59,15 @@ def start_tally(study: Study, records: Iterable[TrialRecord], finalists: Finalis
         if record.state:
             tally.ends[record.state] += 1
     tally.session_steps = 0
-    tally.total = search_trials(study) + confirm_trials(study, finalists)
+    tally.total = count_search_trials(study) + count_confirm_trials(study, len(finalists))
     return tally
-
-
-def search_trials(study: Study) -> int:
-    return sum(len(rate_values(study.rates(arm))) for arm in study.list_arms())
-
-
-def confirm_trials(study: Study, finalists: Finalists) -> int:
-    """How many trials the confirm phase has; before its finalists are known, how many it should have."""
-    return (len(finalists) or count_finalists(study)) * len(study.confirm.seeds)
 
 
 def planned_trials(study: Study, record: StudyRecord) -> int:
     """Trials of the whole study, as `Progress.total` tells them."""
     if record.finished_at is not None:
         return len(record.trials)
-    return search_trials(study) + confirm_trials(study, record.finalists)
+    return count_search_trials(study) + count_confirm_trials(study, len(record.finalists))
 
 
 def count_rung(tally: Tally, record: TrialRecord, measurement: Measurement) -> None:

@@ -29,6 +29,7 @@ from sweep.report.traps import (
 from sweep.report.truncation import truncation_warnings
 from sweep.report.words import join, plural, rate, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
+from sweep.study.finalists import count_confirm_trials, count_search_trials
 from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.journal import StudyRecord
@@ -57,7 +58,8 @@ def find(study: Study, record: StudyRecord) -> Findings:
     if unlearned is not None:
         recommended = None
     edges = find_edges(study, rows)
-    ended, planned = sum(t.state is not None for t in record.trials), _planned(study, record)
+    ended = sum(t.state is not None for t in record.trials)
+    planned = count_search_trials(study) + count_confirm_trials(study, len(record.finalists))
     lora = [r for r in results if r is not reference and not r.arm.is_full]
     held = [r for r in lora if r.in_sequence] or lora
     found = power([_paired(r, reference) for r in held if reference], epsilon)
@@ -272,14 +274,6 @@ def _best_trial(record: StudyRecord, arm: Arm) -> int | None:
         if t.state == COMPLETE and t.last is not None and t.last.eval_loss is not None
     ]
     return min(scored)[1] if scored else None
-
-
-def _planned(study: Study, record: StudyRecord) -> int:
-    arms = study.list_arms()
-    searches = sum(len(rate_values(study.rates(arm))) for arm in arms)
-    unknown = {"rank": len({arm.group for arm in arms}), "arm": len(arms), "rate": searches}
-    finalists = len(record.finalists) or unknown[study.confirm.finalists]
-    return searches + finalists * len(study.confirm.seeds)
 
 
 def _warnings(study: Study, record: StudyRecord, results: Sequence[ArmResult], rows: Sequence[SearchRow]) -> list[str]:

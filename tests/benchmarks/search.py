@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from sweep.driver.driver import run_study
-from sweep.driver.plan import finalist_groups, search_slots
+from sweep.driver.plan import search_slots
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.worker import Work, prepare, train_rung
 from sweep.study.arms import Arm
 from sweep.study.file import read_study
+from sweep.study.finalists import finalist_groups
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, Measurement, Prepared, Setup, Unit
 from sweep.study.schema import Study
