@@ -75,6 +75,14 @@ def test_ratios_whose_best_rate_is_on_the_edge_are_left_out_by_name_and_too_few_
     assert len(windows) < 3 and exponent_of(cells, windows) is None
 
 
+def test_the_window_lies_about_the_rate_that_is_best_on_average_not_about_the_luckiest_seed() -> None:
+    cells = cells_of(0.4, WIDE)
+    windows, _ = best_windows(cells)
+    cells[1.0, windows[1.0][2]][2] = 0.01  # one seed alone, beside the best rate
+    cells[1.0, windows[1.0][2]][3] = 1.00
+    assert best_windows(cells)[0] == windows
+
+
 @pytest.mark.parametrize(
     ("low", "high", "says"),
     [(0.2, 0.4, "fell with alpha"), (-0.4, -0.2, "rose with alpha"), (-0.1, 0.2, "is not shown to move")],
