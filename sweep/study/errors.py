@@ -21,6 +21,28 @@ class FieldError(ValueError):
         return FieldError, self.problems  # it crosses process boundaries
 
 
+class WorkerLost(RuntimeError):
+    """The process that ran a unit ended without a result: killed, crashed, its machine gone. The unit can be retried."""
+
+
+class NoWorkers(RuntimeError):
+    """No worker is left, and none came in time: no trial's fault, and the same command goes on once there are some."""
+
+
+class Damaged(RuntimeError):
+    """A file on disk is not what was written: truncated, changed or gone.
+
+    trial: the number of the trial whose checkpoint it is. It crosses process boundaries.
+    """
+
+    def __init__(self, message: str, trial: int):
+        self.trial = trial
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[Damaged], tuple[str, int]]:
+        return Damaged, (str(self), self.trial)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """By name and text, since not every room knows torch: CUDA's own error, Python's, and the CPU allocator's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
