@@ -22,7 +22,7 @@ class FieldError(ValueError):
 
 
 class WorkerLost(RuntimeError):
-    """The process that ran a unit ended without a result: killed, crashed, its machine gone. The unit can be retried."""
+    """The process that ran a unit ended without a result: killed, crashed, its machine gone. Retry the unit."""
 
 
 class NoWorkers(RuntimeError):
