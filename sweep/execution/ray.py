@@ -7,6 +7,8 @@ second thread sees of the cluster. So nothing is locked, and the driver's own th
 from __future__ import annotations
 
 import pickle
+import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -15,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
 from typing import Any
 
 from sweep import __version__
@@ -92,15 +93,18 @@ class RayExecutor:
         # Seconds that the executor was awake: a command that was stopped for an hour has not waited for an hour.
         self._now = self._worker_seen = self._head_seen = 0.0
         self._over: Exception | None = None  # what units end in from now on
-        self._closed = Event()
+        self._closed = threading.Event()
         self._opened: Future[None] = Future()
-        self._thread = Thread(target=self._serve, args=(address,), name="ray", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(address,), name="ray", daemon=True)
         self._thread.start()
         try:
             self._opened.result()
         except BaseException:
             self.shutdown()
             raise
+        finally:
+            if threading.current_thread() is threading.main_thread():  # Ray's C++ part puts a printer of stacks before it
+                signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
         """More than `slots` at once wait for a worker. fn and its arguments are pickled here and now."""
@@ -128,7 +132,7 @@ class RayExecutor:
     def _serve(self, address: str | None) -> None:
         try:
             with joined(address) as cluster:
-                Thread(target=self._watch, args=(cluster,), name="ray nodes", daemon=True).start()
+                threading.Thread(target=self._watch, args=(cluster,), name="ray nodes", daemon=True).start()
                 try:
                     self._handle(cluster)
                     self._give_up(WorkerLost("stopped"))

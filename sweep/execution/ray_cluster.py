@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,8 @@ def joined(address: str | None) -> Iterator[Cluster]:
     wrote. To be entered in a thread: in the main one Ray takes SIGTERM for itself. Its daemons end with that thread.
     Raises NoWorkers where there is no cluster, or none that takes us.
     """
+    # Daemons and threads that Ray starts from here leave both to the driver, also where a whole group gets them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     own = not address or address == "local"
     _default(QUIET)
     with _own() if own else _existing(str(address)) as cluster:
