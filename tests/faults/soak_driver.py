@@ -32,7 +32,7 @@ def main(root: Path) -> int:
     """As `sweep run` does: 0 done, 1 with a line that says why, 130 interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    home, study, workers = Home(root), make_study(), LocalExecutor(workers=WORKERS)
+    home, study, workers = Home(root), make_study(), LocalExecutor([{}] * WORKERS)
     try:
         run_study(study, home.study(study.name), workers, home.optuna_url, home.cache, fake_work(train))
     except KeyboardInterrupt:
