@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,13 +36,20 @@ class Soak:
     acknowledged: dict[tuple[int, int], tuple[float | None, tuple[float, ...]]] = field(default_factory=dict)
     came: Counter[str] = field(default_factory=Counter)
     driver: subprocess.Popen[bytes] | None = None
+    cwd: Path | None = None
 
     def start(self) -> subprocess.Popen[bytes]:
         with open(self.log, "ab") as log:
+            mark = {MARK: str(self.folder.path)}
             self.driver = subprocess.Popen(
-                self.command, env={**self.environment, MARK: str(self.folder.path)}, stdout=log, stderr=log
+                self.command, env={**self.environment, **mark}, cwd=self.cwd, stdout=log, stderr=log
             )
         return self.driver
+
+    def kill_survivors(self) -> None:
+        for pid in self.survivors():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def end(self) -> int:
         assert self.driver is not None
@@ -127,7 +135,7 @@ def a_worker_stands_still_for_a_while(soak: Soak) -> None:
 def a_second_driver_comes(soak: Soak) -> None:
     with open(soak.log, "ab") as log:
         mark = {MARK: str(soak.folder.path)}
-        second = subprocess.Popen(soak.command, env={**soak.environment, **mark}, stdout=log, stderr=log)
+        second = subprocess.Popen(soak.command, env={**soak.environment, **mark}, cwd=soak.cwd, stdout=log, stderr=log)
     assert second.wait(SECONDS_TO_END) in (0, 1)  # 0: the first had just finished
 
 
