@@ -13,6 +13,7 @@ from typing import Any
 
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group, steps_ahead
 from sweep.driver.interrupts import heed, interruptible
+from sweep.driver.opening import open_ledger, open_storage
 from sweep.driver.packing import (
     Pack,
     Ready,
@@ -23,13 +24,13 @@ from sweep.driver.packing import (
     halves,
     plan_packs,
 )
+from sweep.driver.patience import PATIENCE_S, Patience, StorageError
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
 from sweep.driver.progress import Progress, snapshot, start_tally
 from sweep.driver.provenance import describe_session
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
 from sweep.driver.session import Session, ask, can_ask, end, settle, warn
-from sweep.driver.storage import StorageError, open_ledger, open_storage
 from sweep.driver.takeup import match_trials, refuse_other_inputs, take_up
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
@@ -63,8 +64,11 @@ def run_study(
     cache: Path,
     work: Work = Work(),
     listen: Callable[[Progress], None] = lambda progress: None,
+    patience_s: float = PATIENCE_S,
 ) -> None:
     """Run a study, or take it up where it stopped; once it is finished, change nothing.
+
+    patience_s: how long a call waits for a storage that does not answer.
 
     Failed trials do not end it: the journal tells of them. Raises Busy, QuestionChanged, StorageError, OSError where
     the home cannot be written, FieldError where model or data cannot be read or have changed, and what `work.prepare`
@@ -81,9 +85,11 @@ def run_study(
         if known.prepared is not None:
             refuse_other_inputs(executor, work, setup, known.prepared)
         name_holder(lock)
-        ledger = open_ledger(study, open_storage(storage_url), fresh=known.prepared is None)
+        tally = start_tally(study, known.trials, known.finalists)
+        patience = Patience(storage_url, patience_s, lambda message: listen(snapshot(tally, message)))
+        began = append(folder.journal, "started", **describe_session())
+        ledger = open_ledger(study, open_storage(patience), known.started_at or began, patience)
         write_question(study, folder)
-        append(folder.journal, "started", **describe_session())
         records = match_trials(ledger, known.trials)
         session = Session(
             study=study,
@@ -93,7 +99,7 @@ def run_study(
             setup=setup,
             ledger=ledger,
             listen=listen,
-            tally=start_tally(study, records.values(), known.finalists),
+            tally=tally,
             records=records,
             warnings=set(known.warnings),
         )
@@ -105,6 +111,8 @@ def run_study(
         pack_size = _run_phase(session, prepared, slots, study.search.keep, prepared.pack_size)
         finalists = known.finalists or _choose(session, slots)
         _run_phase(session, prepared, confirm_slots(study, finalists), 1.0, pack_size)
+        if session.trouble:
+            raise session.trouble[0]
         _probe_costs(session, prepared, known.costs)
         append(folder.journal, "finished")
         session.tally.phase = "done"
@@ -157,7 +165,7 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
     ready = [member for group in groups for member in _judge(session, group)]
     packs: deque[Pack] = deque()
     running: dict[Future[Any], Pack] = {}
-    trouble: Exception | None = None
+    trouble: Exception | None = next(iter(session.trouble), None)
     while running or (trouble is None and (ready or packs)):
         while trouble is None and len(running) < session.executor.slots:
             if not packs:
@@ -173,7 +181,10 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
                 ready += _leave_rung(session, slot, group_of[slot.index])
             if not pack.slots:
                 continue
-            running[_submit(session, prepared, pack)] = pack
+            try:
+                running[_submit(session, prepared, pack)] = pack
+            except StorageError as away:
+                trouble = away
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         heed()  # before an error that an interrupt was turned into counts as a trial's
         for future in finished:
@@ -206,6 +217,7 @@ def _run_phase(session: Session, prepared: Prepared, slots: tuple[Slot, ...], ke
             for slot in pack.slots:
                 ready += _leave_rung(session, slot, group_of[slot.index])
             session.say(message)
+        trouble = trouble or next(iter(session.trouble), None)
     if trouble is not None:
         raise trouble
     return pack_size
