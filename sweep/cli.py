@@ -17,7 +17,17 @@ import typer
 
 from sweep import __version__
 from sweep.adapter_commands import commands as adapter_commands
-from sweep.arguments import HomeOption, StudyName, asked_as, is_file_name, list_studies, name_of, ran
+from sweep.arguments import (
+    ConfirmCode,
+    HomeOption,
+    StudyName,
+    asked_as,
+    confirm_code,
+    is_file_name,
+    list_studies,
+    name_of,
+    ran,
+)
 from sweep.comparing import commands as comparing_commands
 from sweep.execution.choose import ExecutorName, open_executor
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
@@ -88,6 +98,7 @@ def run(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="X", help="With --dry-run: what an hour costs, to price the study.")
     ] = None,
+    trust_remote_code: ConfirmCode = False,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
     from sweep import over_domains
@@ -96,6 +107,7 @@ def run(
         raise Refused("--price-per-hour: give a price above 0" if dry_run else "--price-per-hour: only with --dry-run")
     place = find_home(home)
     source = _read(study, place, overrides or [])
+    confirm_code(source.study, trust_remote_code)
     _need_writable(place)
     try:
         if dry_run:
@@ -167,7 +179,7 @@ def dashboard(
 
 
 @app.command("rank-use")
-def rank_use(study: StudyName, home: HomeOption = None) -> None:
+def rank_use(study: StudyName, home: HomeOption = None, trust_remote_code: ConfirmCode = False) -> None:
     """Look at how much of their rank the confirmed arms used. `sweep report` then shows it with figures."""
     from sweep.adapters.rank_use import RankUseError
     from sweep.analyses import look_at_rank_use
@@ -175,6 +187,7 @@ def rank_use(study: StudyName, home: HomeOption = None) -> None:
 
     place = find_home(home)
     asked, record = ran(study, place)
+    confirm_code(asked, trust_remote_code)
     if record.finished_at is None:
         raise Refused(f"study {asked.name} is not complete: `sweep run` it to its end first", code=FAILED)
     try:

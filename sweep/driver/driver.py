@@ -8,10 +8,9 @@ from pathlib import Path
 from sweep.driver.failures import call
 from sweep.driver.groups import steps_ahead
 from sweep.driver.interrupts import heed, interruptible
-from sweep.driver.packing import (
-    calibration_lines,
-    disturbance,
-)
+from sweep.driver.opening import open_ledger, open_storage
+from sweep.driver.packing import calibration_lines, disturbance
+from sweep.driver.patience import PATIENCE_S, Patience, StorageError
 from sweep.driver.phase import run_phase, why_not
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
@@ -19,7 +18,6 @@ from sweep.driver.progress import Progress, snapshot, start_tally
 from sweep.driver.provenance import describe_session
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
 from sweep.driver.session import Session, warn
-from sweep.driver.storage import StorageError, open_ledger, open_storage
 from sweep.driver.takeup import match_trials, refuse_other_inputs, take_up
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
@@ -27,12 +25,7 @@ from sweep.report.truncation import truncation_lines
 from sweep.study.errors import FieldError, NoWorkers, in_one_line, is_out_of_memory
 from sweep.study.finalists import count_confirm_trials
 from sweep.study.home import StudyFolder
-from sweep.study.records import (
-    Cost,
-    Prepared,
-    StudyForecast,
-    to_json,
-)
+from sweep.study.records import Cost, Prepared, StudyForecast, to_json
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, append, read_study_record
 
@@ -47,8 +40,11 @@ def run_study(
     cache: Path,
     work: Work = Work(),
     listen: Callable[[Progress], None] = lambda progress: None,
+    patience_s: float = PATIENCE_S,
 ) -> None:
     """Run a study, or take it up where it stopped; once it is finished, change nothing.
+
+    patience_s: how long a call waits for a storage that does not answer.
 
     Failed trials do not end it: the journal tells of them. Raises Busy, QuestionChanged, StorageError, OSError where
     the home cannot be written, FieldError where model or data cannot be read or have changed, and what `work.prepare`
@@ -65,9 +61,11 @@ def run_study(
         if known.prepared is not None:
             refuse_other_inputs(executor, work, setup, known.prepared)
         name_holder(lock)
-        ledger = open_ledger(study, open_storage(storage_url), fresh=known.prepared is None)
+        tally = start_tally(study, known.trials, known.finalists)
+        patience = Patience(storage_url, patience_s, lambda message: listen(snapshot(tally, message)))
+        began = append(folder.journal, "started", **describe_session())
+        ledger = open_ledger(study, open_storage(patience), known.started_at or began, patience)
         write_question(study, folder)
-        append(folder.journal, "started", **describe_session())
         records = match_trials(ledger, known.trials)
         session = Session(
             study=study,
@@ -77,7 +75,7 @@ def run_study(
             setup=setup,
             ledger=ledger,
             listen=listen,
-            tally=start_tally(study, records.values(), known.finalists),
+            tally=tally,
             records=records,
             warnings=set(known.warnings),
         )
@@ -89,6 +87,8 @@ def run_study(
         pack_size = run_phase(session, prepared, forecast, slots, study.search.keep, prepared.pack_size)
         finalists = known.finalists or _choose(session, slots)
         run_phase(session, prepared, forecast, confirm_slots(study, finalists), 1.0, pack_size)
+        if session.trouble:
+            raise session.trouble[0]
         _probe_costs(session, prepared, known.costs)
         append(folder.journal, "finished")
         session.tally.phase = "done"

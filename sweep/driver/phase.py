@@ -14,6 +14,7 @@ from sweep.driver.failures import call, decide, is_passing
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group
 from sweep.driver.interrupts import heed
 from sweep.driver.packing import Pack, Ready, at_most, name_trials, plan_packs
+from sweep.driver.patience import StorageError
 from sweep.driver.plan import Slot
 from sweep.driver.pricing import allowed_seconds
 from sweep.driver.session import Session, ask, can_ask, end, settle
@@ -67,10 +68,12 @@ def run_phase(
     group_of = {index: group for group in groups for index in group.slots}
     ready = [member for group in groups for member in _judge(session, group)]
     phase = Phase(session, prepared, forecast, group_of, pack_size, ready)
+    phase.trouble = next(iter(session.trouble), None)
     while phase.running or (phase.trouble is None and (phase.ready or phase.packs or phase.exclusive)):
         _start_packs(phase)
         for future in _wait(phase):
             _take_up(phase, phase.running.pop(future).pack, future)
+        phase.trouble = phase.trouble or next(iter(session.trouble), None)
     if phase.trouble is not None:
         raise phase.trouble
     return phase.pack_size
@@ -88,7 +91,10 @@ def _start_packs(phase: Phase) -> None:
         if pack.slots:
             allowed = _allowed_seconds(phase, pack)
             due = None if allowed is None else time.monotonic() + allowed
-            phase.running[_submit(phase, pack)] = Running(pack, allowed, due)
+            try:
+                phase.running[_submit(phase, pack)] = Running(pack, allowed, due)
+            except StorageError as away:
+                phase.trouble = away
 
 
 def _next_pack(phase: Phase) -> Pack | None:

@@ -10,10 +10,11 @@ from optuna.trial import FrozenTrial
 from sweep.driver.checkpoints import remove_half_written, tidy_checkpoints
 from sweep.driver.failures import call
 from sweep.driver.interrupts import uninterrupted
+from sweep.driver.patience import StorageError
 from sweep.driver.plan import confirm_slot, search_slot
 from sweep.driver.sampling import RATE
 from sweep.driver.session import Session, end_if_over, start_record, warn
-from sweep.driver.storage import Ledger, StorageError, create_trial, list_trials, report, tell
+from sweep.driver.storage import Ledger, create_trial, list_trials, report, tell
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.study.errors import FieldError

@@ -7,13 +7,14 @@ ended.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -58,18 +59,20 @@ class LocalExecutor:
         self._idle: LifoQueue[Worker] = LifoQueue()  # the last one that ran is the next: it has the base
         for worker in reversed(self.workers):
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(self.slots, "worker")
         self._calls: dict[Future[Any], Call] = {}
         self._lock = threading.Lock()  # over processes: who starts, ends and waits for them
         self._closed = False
+        atexit.register(self.shutdown)  # a second Ctrl-C may cut the first one's shutdown short
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
         """More than `slots` at once wait for a worker. fn and its arguments are pickled here and now."""
         call = Call(pickle.dumps((fn, args)))
-        future = self._threads.submit(self._run, call)
+        future: Future[Any] = Future()
         with self._lock:
             self._calls[future] = call
         future.add_done_callback(self._forget)
+        # A daemon, which the interpreter does not wait for at its end: it may wait for a worker that waits for us.
+        threading.Thread(target=self._run, args=(future, call), name="worker", daemon=True).start()
         return future
 
     def end(self, future: Future[Any], reason: str) -> None:
@@ -84,11 +87,22 @@ class LocalExecutor:
             self._closed = True
             for worker in self.workers:
                 _kill(worker)
-        self._threads.shutdown(wait=True, cancel_futures=True)
+            running = list(self._calls)
+        for future in running:
+            future.cancel()  # where an interrupt came before its thread did
+        wait(running)
         for worker in self.workers:
             _bury(worker)
+        atexit.unregister(self.shutdown)
 
-    def _run(self, call: Call) -> Any:
+    def _run(self, future: Future[Any], call: Call) -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(self._answer(call))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _answer(self, call: Call) -> Any:
         worker = self._idle.get()
         try:
             connection = self._begin(worker, call)

@@ -268,6 +268,7 @@ class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     question: str = ""
     model: str = Field(min_length=1)
+    trust_remote_code: bool = False  # run code that the model brings; --trust-remote-code confirms it each time
     quantization: Literal["4bit", "8bit"] | None = None  # of the frozen base (QLoRA); CUDA only
     pretrain: Pretrain | None = None
     task: Task
@@ -330,6 +331,7 @@ class Study(Strict):
             split_seed=self.search.seed,
             cache=cache,
             quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
             forgetting=ForgettingSettings(**self.forgetting.model_dump()) if self.forgetting else None,
             pretrain=self.pretrain.settings() if self.pretrain else None,
         )
