@@ -23,6 +23,7 @@ from sweep.driver.packing import (
     halves,
     plan_packs,
 )
+from sweep.driver.place import settle_place
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
 from sweep.driver.progress import Progress, snapshot, start_tally
@@ -63,9 +64,11 @@ def run_study(
     cache: Path,
     work: Work = Work(),
     listen: Callable[[Progress], None] = lambda progress: None,
+    checkpoints: str = "",
 ) -> None:
     """Run a study, or take it up where it stopped; once it is finished, change nothing.
 
+    checkpoints: folder or URL where they go; "" for where they have been, the home at first.
     Failed trials do not end it: the journal tells of them. Raises Busy, QuestionChanged, StorageError, OSError where
     the home cannot be written, FieldError where model or data cannot be read or have changed, and what `work.prepare`
     raises about the study. It may be killed at any point, and goes on once the trouble is over.
@@ -81,6 +84,7 @@ def run_study(
         if known.prepared is not None:
             refuse_other_inputs(executor, work, setup, known.prepared)
         name_holder(lock)
+        known = settle_place(checkpoints, study, known)
         ledger = open_ledger(study, open_storage(storage_url), fresh=known.prepared is None)
         write_question(study, folder)
         append(folder.journal, "started", **describe_session())
@@ -96,6 +100,7 @@ def run_study(
             tally=start_tally(study, records.values(), known.finalists),
             records=records,
             warnings=set(known.warnings),
+            place=known.place,
         )
         take_up(session)
         session.tally.steps_left = steps_ahead(study, records, known.finalists)
@@ -218,14 +223,16 @@ def _is_passing(error: Exception) -> bool:
 
 def _submit(session: Session, prepared: Prepared, pack: Pack) -> Future[Any]:
     """Ask those of the pack's trials that are new, and start its rung."""
-    trials = tuple(ask(session, slot).spec for slot in pack.slots)
+    records = [ask(session, slot) for slot in pack.slots]
+    trials, last = tuple(record.spec for record in records), [record.last for record in records]
+    checkpoints = tuple(rung.saved for rung in last if rung is not None and rung.saved is not None)
     test = pack.slots[0].phase == CONFIRM and pack.stop == session.study.train.steps
     tally = session.tally
     tally.session_start = tally.session_start or time.monotonic()
     tally.running += len(trials)
     session.say(f"training {_trials(pack)} from step {pack.start} to {pack.stop}")
     return session.executor.submit(
-        session.work.train_rung, Unit(session.setup, prepared, trials, pack.start, pack.stop, test)
+        session.work.train_rung, Unit(session.setup, prepared, trials, pack.start, pack.stop, test, checkpoints)
     )
 
 
