@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,8 +17,19 @@ import typer
 
 from sweep import __version__
 from sweep.adapter_commands import commands as adapter_commands
-from sweep.arguments import HomeOption, StudyName, asked_as, is_file_name, list_studies, name_of, ran
+from sweep.arguments import (
+    ConfirmCode,
+    HomeOption,
+    StudyName,
+    asked_as,
+    confirm_code,
+    is_file_name,
+    list_studies,
+    name_of,
+    ran,
+)
 from sweep.comparing import commands as comparing_commands
+from sweep.execution.choose import ExecutorName, open_executor
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
 from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
@@ -39,10 +49,6 @@ app = typer.Typer(
 )
 app.add_typer(adapter_commands)
 app.add_typer(comparing_commands)
-
-
-class ExecutorName(StrEnum):
-    inline = "inline"
 
 
 def main() -> None:
@@ -92,6 +98,7 @@ def run(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="X", help="With --dry-run: what an hour costs, to price the study.")
     ] = None,
+    trust_remote_code: ConfirmCode = False,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
     from sweep import over_domains
@@ -100,6 +107,7 @@ def run(
         raise Refused("--price-per-hour: give a price above 0" if dry_run else "--price-per-hour: only with --dry-run")
     place = find_home(home)
     source = _read(study, place, overrides or [])
+    confirm_code(source.study, trust_remote_code)
     _need_writable(place)
     try:
         if dry_run:
@@ -171,7 +179,7 @@ def dashboard(
 
 
 @app.command("rank-use")
-def rank_use(study: StudyName, home: HomeOption = None) -> None:
+def rank_use(study: StudyName, home: HomeOption = None, trust_remote_code: ConfirmCode = False) -> None:
     """Look at how much of their rank the confirmed arms used. `sweep report` then shows it with figures."""
     from sweep.adapters.rank_use import RankUseError
     from sweep.analyses import look_at_rank_use
@@ -179,6 +187,7 @@ def rank_use(study: StudyName, home: HomeOption = None) -> None:
 
     place = find_home(home)
     asked, record = ran(study, place)
+    confirm_code(asked, trust_remote_code)
     if record.finished_at is None:
         raise Refused(f"study {asked.name} is not complete: `sweep run` it to its end first", code=FAILED)
     try:
@@ -203,17 +212,18 @@ def doctor(home: HomeOption = None) -> None:
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     from sweep import analyses, console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
-    from sweep.execution.executor import InlineExecutor
+    from sweep.study.errors import NoWorkers, WorkerLost
     from sweep.tracking.journal import read_study_record
     from sweep.tracking.mlflow import Projector, find_tracking
 
-    assert executor is ExecutorName.inline
-    folder, workers = home.study(study.name), InlineExecutor()
+    folder, (workers, there) = home.study(study.name), open_executor(executor, study)
     storage = os.environ.get("SWEEP_STORAGE") or study.storage or home.optuna_url
     projector = Projector(study, folder, find_tracking(home))
     was_complete = read_study_record(folder).finished_at is not None
     try:
         projector.start()
+        if not was_complete:
+            _say(there)
         with console.watching(console.console()) as listen:
             run_study(
                 study, folder, workers, storage, home.cache, listen=(lambda progress: None) if was_complete else listen
@@ -226,9 +236,10 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
-    except StorageError as error:
+    except (StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
+        workers.shutdown()  # at once: nobody waits for what they do
         projector.finish(SECONDS_TO_TRACK_AFTER_INTERRUPT)
         _complain("interrupted; the state is saved, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None

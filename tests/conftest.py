@@ -6,6 +6,9 @@ import signal
 
 import pytest
 from browsing import browser as browser
+from fault_table import pytest_addoption as pytest_addoption
+from fault_table import pytest_collection_modifyitems as pytest_collection_modifyitems
+from fault_table import pytest_configure as pytest_configure
 from peft_reference import MINILM, SMOLLM, STEPS, prepared_for
 
 from sweep.study.records import DataSettings, Prepared, Setup, TrainSettings

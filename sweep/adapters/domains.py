@@ -57,7 +57,7 @@ def compare_domains(
     """
     first = next(iter(studies.values()))
     prepared = _same_base(studies, records)
-    place = locate_model(first.model)
+    place = locate_model(first.model, first.trust_remote_code)
     data = {domain: load_data(study.setup(str(cache)), place) for domain, study in studies.items()}
     _refuse_other_data(studies, records, data)
     pad_token_id = next(iter(data.values())).pad_token_id

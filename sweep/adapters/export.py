@@ -102,6 +102,7 @@ def export(
             "folder": str(half),
             "base": None if merge else place.path,
             "gguf_file": None if merge else place.gguf_file,
+            "trust_remote_code": study.trust_remote_code,
             "task": study.task,
             "labels": len(record.prepared.labels),
             "pad_token_id": data.pad_token_id,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from sweep.study.file import dump_study, what_changed
+from sweep.study.file import dump_question, dump_study, what_changed
 from sweep.study.home import StudyFolder
 from sweep.study.schema import Study
 
@@ -83,5 +83,5 @@ def write_question(study: Study, folder: StudyFolder) -> None:
 
 
 def question_hash(study: Study) -> str:
-    """The same for two studies that ask the same; `storage` may move."""
-    return hashlib.sha256(dump_study(study.model_copy(update={"storage": None})).encode()).hexdigest()
+    """The same for two studies that ask the same."""
+    return hashlib.sha256(dump_question(study).encode()).hexdigest()

@@ -89,6 +89,7 @@ class Setup:
     split_seed: int  # decides which rows are training, validation and test
     cache: str  # folder for tokens, pixels, calibrations and pretrained bases
     quantization: str | None = None  # "4bit" or "8bit": how the frozen base is held
+    trust_remote_code: bool = False  # whether code that the model brings may run
     forgetting: ForgettingSettings | None = None
     pretrain: PretrainSettings | None = None  # where the study makes its own base
 

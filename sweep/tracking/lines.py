@@ -24,20 +24,25 @@ class JournalError(ValueError):
     """A journal is damaged: one line that names file and line, and says what to do."""
 
 
-def append(path: Path, event: str, **values: Any) -> None:
-    """Write one event and wait until it is on the disk. Raises OSError when it cannot be (disk full, read-only)."""
+def append(path: Path, event: str, **values: Any) -> float:
+    """Write one event and wait until it is on the disk; returns its time.
+
+    Raises OSError when it cannot be written (disk full, read-only).
+    """
+    now = time.time()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "ab+", buffering=0) as file:
             is_new = file.seek(0, os.SEEK_END) == 0
             _cut_torn_line(path, file)
-            _write(file, as_line({"event": event, "time": time.time(), **values}))
+            _write(file, as_line({"event": event, "time": now, **values}))
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     if is_new:
         for folder in (path.parent, path.parent.parent):
             _sync_folder(folder)
+    return now
 
 
 def as_line(event: dict[str, Any]) -> bytes:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sweep.study.errors import FieldError
+from sweep.study.errors import FieldError, first_line
 from sweep.study.records import DataSettings
-from sweep.training.locate import DIGITS, first_line, hub_problem, locate_data
+from sweep.training.locate import DIGITS, hub_problem, locate_data
 from sweep.training.pictures import as_picture, class_folders, digits
 
 # {"text", "label"} with the label as text, {"text"}, {"prompt", "completion"}, {"messages"}, or {"image",
