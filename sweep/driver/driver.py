@@ -12,6 +12,7 @@ from sweep.driver.opening import open_ledger, open_storage
 from sweep.driver.packing import calibration_lines, disturbance
 from sweep.driver.patience import PATIENCE_S, Patience, StorageError
 from sweep.driver.phase import run_phase, why_not
+from sweep.driver.place import settle_place
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
 from sweep.driver.progress import Progress, snapshot, start_tally
@@ -41,10 +42,12 @@ def run_study(
     work: Work = Work(),
     listen: Callable[[Progress], None] = lambda progress: None,
     patience_s: float = PATIENCE_S,
+    checkpoints: str = "",
 ) -> None:
     """Run a study, or take it up where it stopped; once it is finished, change nothing.
 
     patience_s: how long a call waits for a storage that does not answer.
+    checkpoints: folder or URL where they go; "" for where they have been, the home at first.
 
     Failed trials do not end it: the journal tells of them. Raises Busy, QuestionChanged, StorageError, OSError where
     the home cannot be written, FieldError where model or data cannot be read or have changed, and what `work.prepare`
@@ -61,6 +64,7 @@ def run_study(
         if known.prepared is not None:
             refuse_other_inputs(executor, work, setup, known.prepared)
         name_holder(lock)
+        known = settle_place(checkpoints, study, known)
         tally = start_tally(study, known.trials, known.finalists)
         patience = Patience(storage_url, patience_s, lambda message: listen(snapshot(tally, message)))
         began = append(folder.journal, "started", **describe_session())
@@ -78,6 +82,7 @@ def run_study(
             tally=tally,
             records=records,
             warnings=set(known.warnings),
+            place=known.place,
         )
         take_up(session)
         session.tally.steps_left = steps_ahead(study, records, known.finalists)

@@ -9,7 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sweep.driver.checkpoints import remove_half_written
 from sweep.driver.failures import call, decide, is_passing
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group
 from sweep.driver.interrupts import heed
@@ -18,7 +17,7 @@ from sweep.driver.patience import StorageError
 from sweep.driver.plan import Slot
 from sweep.driver.pricing import allowed_seconds
 from sweep.driver.session import Session, ask, can_ask, end, settle
-from sweep.study.errors import WorkerLost, in_one_line, is_out_of_memory, was_killed
+from sweep.study.errors import in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
 
 
@@ -119,12 +118,15 @@ def _enqueue(phase: Phase, packs: list[Pack] | tuple[Pack, ...]) -> None:
 def _submit(phase: Phase, pack: Pack) -> Future[Any]:
     """Ask those of the pack's trials that are new, and start its rung."""
     session = phase.session
-    trials = tuple(ask(session, slot).spec for slot in pack.slots)
+    records = [ask(session, slot) for slot in pack.slots]
+    trials, last = tuple(record.spec for record in records), [record.last for record in records]
+    checkpoints = tuple(rung.saved for rung in last if rung is not None and rung.saved is not None)
     tally = session.tally
     tally.session_start = tally.session_start or time.monotonic()
     tally.running += len(trials)
     session.say(f"training {name_trials(pack)} from step {pack.start} to {pack.stop}")
-    unit = Unit(session.setup, phase.prepared, trials, pack.start, pack.stop, _is_tested(session, pack))
+    tested = _is_tested(session, pack)
+    unit = Unit(session.setup, phase.prepared, trials, pack.start, pack.stop, tested, checkpoints)
     return session.executor.submit(session.work.train_rung, unit)
 
 
@@ -171,9 +173,6 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
     else:
         decision = decide(pack, error, shared=phase.slots > 1)
         message = decision.message
-        if isinstance(error, WorkerLost):
-            for slot in pack.slots:
-                remove_half_written(session.folder.trial(session.records[slot.name].spec.number))
         if decision.most is not None:
             phase.pack_size = min(phase.pack_size, decision.most)
             phase.packs = deque(part for queued in phase.packs for part in at_most(queued, phase.pack_size))
