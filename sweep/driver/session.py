@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +18,7 @@ from sweep.execution.worker import Work
 from sweep.study.home import StudyFolder
 from sweep.study.records import COMPLETE, DIVERGED, INFEASIBLE, Measurement, Setup, TrialSpec
 from sweep.study.schema import Range, Study
+from sweep.tracking.clock import now
 from sweep.tracking.journal import Rung, TrialRecord, append, append_asked, append_end, append_rung
 
 
@@ -99,7 +99,7 @@ def can_ask(session: Session, slot: Slot) -> bool:
 def start_record(session: Session, slot: str, spec: TrialSpec) -> None:
     """Give a trial that Optuna knows its journal."""
     append_asked(spec)
-    session.records[slot] = TrialRecord(spec, time.time())
+    session.records[slot] = TrialRecord(spec, now())
 
 
 @uninterrupted()
@@ -107,7 +107,7 @@ def settle(session: Session, slot: str, measurement: Measurement) -> None:
     """Take up what a rung found for one trial."""
     record = session.records[slot]
     append_rung(record.spec, measurement)
-    record = replace(record, rungs=(*record.rungs, Rung(time.time(), measurement)))
+    record = replace(record, rungs=(*record.rungs, Rung(now(), measurement)))
     session.records[slot] = record
     session.learn(record)
     count_rung(session.tally, record, measurement)
@@ -134,7 +134,7 @@ def end(session: Session, slot: str, state: str, reason: str = "") -> None:
     """End a trial."""
     record = session.records[slot]
     append_end(record.spec, state, reason)
-    record = replace(record, state=state, reason=reason, ended_at=time.time())
+    record = replace(record, state=state, reason=reason, ended_at=now())
     session.records[slot] = record
     session.learn(record)
     session.tally.ends[state] += 1

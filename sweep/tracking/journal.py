@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sweep.study.records import (
     to_json,
     trial_from_json,
 )
+from sweep.tracking.clock import now
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ def append(path: Path, event: str, **values: Any) -> float:
     Raises OSError when it cannot be written (disk full, read-only).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    line = json.dumps({"event": event, "time": now, **values}, allow_nan=False).encode() + b"\n"
+    at = now()
+    line = json.dumps({"event": event, "time": at, **values}, allow_nan=False).encode() + b"\n"
     with open(path, "ab+") as file:
         _cut_torn_line(file)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    return now
+    return at
 
 
 def append_asked(spec: TrialSpec) -> None:
