@@ -22,6 +22,7 @@ from sweep.driver.plan import rate_bounds
 from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.sampling import RATE
 from sweep.study.arms import Arm, pattern_text
+from sweep.study.credentials import CUT, without_credentials
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED
 from sweep.study.schema import Study
 
@@ -62,6 +63,11 @@ def shown_url(url: str) -> str:
 @uninterrupted()
 def open_storage(url: str) -> BaseStorage:
     """Open a storage by its Optuna URL. Raises StorageError."""
+    if CUT in url:  # the URL of a study file as the home keeps it
+        raise StorageError(
+            f"the Optuna storage {shown_url(url)} wants its password, which the home does not keep: "
+            "run the study by its file, or set SWEEP_STORAGE"
+        )
     # A dashboard may be reading the file; a server may have restarted since the last trial.
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
@@ -214,4 +220,4 @@ def _cause(error: Exception, url: str) -> str:
         password = make_url(url).password
     except ArgumentError:
         return line.replace(url, "(not a URL)")
-    return line.replace(str(password), "***") if password else line
+    return without_credentials(line.replace(str(password), "***") if password else line)
