@@ -11,7 +11,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,6 +30,7 @@ from sweep.arguments import (
     ran,
 )
 from sweep.comparing import commands as comparing_commands
+from sweep.execution.choose import ExecutorName, open_executor
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
 from sweep.study.credentials import without_credentials
 from sweep.study.errors import FieldError, first_line
@@ -51,10 +51,6 @@ app = typer.Typer(
 )
 app.add_typer(adapter_commands)
 app.add_typer(comparing_commands)
-
-
-class ExecutorName(StrEnum):
-    inline = "inline"
 
 
 def main() -> None:
@@ -218,17 +214,18 @@ def doctor(home: HomeOption = None) -> None:
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     from sweep import analyses, console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
-    from sweep.execution.executor import InlineExecutor
+    from sweep.study.errors import NoWorkers, WorkerLost
     from sweep.tracking.journal import read_study_record
     from sweep.tracking.mlflow import Projector, find_tracking
 
-    assert executor is ExecutorName.inline
-    folder, workers = home.study(study.name), InlineExecutor()
+    folder, (workers, there) = home.study(study.name), open_executor(executor, study)
     storage = os.environ.get("SWEEP_STORAGE") or study.storage or home.optuna_url
     projector = Projector(study, folder, find_tracking(home))
     was_complete = read_study_record(folder).finished_at is not None
     try:
         projector.start()
+        if not was_complete:
+            _say(there)
         with console.watching(console.console()) as listen:
             run_study(
                 study, folder, workers, storage, home.cache, listen=(lambda progress: None) if was_complete else listen
@@ -241,9 +238,10 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
-    except StorageError as error:
+    except (StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
+        workers.shutdown()  # at once: nobody waits for what they do
         projector.finish(SECONDS_TO_TRACK_AFTER_INTERRUPT)
         _complain("interrupted; the state is saved, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sweep.driver.checkpoints import tidy_checkpoints
 from sweep.driver.interrupts import uninterrupted
+from sweep.driver.patience import StorageError
 from sweep.driver.plan import Slot, search_slot
 from sweep.driver.progress import Progress, Tally, count_rung, snapshot
 from sweep.driver.sampling import LEARNING, draw_rate
@@ -34,6 +36,7 @@ class Session:
     warnings: set[str]  # already in the journal
     ran: set[str] = field(default_factory=set)  # cost keys of which a trial has reached a rung
     unfit: dict[str, int] = field(default_factory=dict)  # cost key → the trial that found out that it does not fit
+    trouble: list[StorageError] = field(default_factory=list)  # Optuna's storage is away: the study stops at the rung
 
     def __post_init__(self) -> None:
         for record in sorted(self.records.values(), key=lambda record: record.ended_at or 0.0):
@@ -52,6 +55,16 @@ class Session:
 
     def say(self, message: str) -> None:
         self.listen(snapshot(self.tally, message))
+
+
+def _in_optuna(session: Session, write: Callable[..., None], *values: Any) -> None:
+    """Write to Optuna what the journal holds already: where that fails nothing is lost, and packs in training end."""
+    if session.trouble:
+        return  # the next run of the command brings it up to date
+    try:
+        write(session.ledger, *values)
+    except StorageError as error:
+        session.trouble.append(error)
 
 
 def warn(session: Session, message: str) -> None:
@@ -99,7 +112,7 @@ def settle(session: Session, slot: str, measurement: Measurement) -> None:
     session.learn(record)
     count_rung(session.tally, record, measurement)
     if measurement.eval_loss is not None:
-        report(session.ledger, record.spec.number, measurement.stop, measurement.eval_loss)
+        _in_optuna(session, report, record.spec.number, measurement.stop, measurement.eval_loss)
     end_if_over(session, slot)
     tidy_checkpoints(session.records[slot])
 
@@ -125,7 +138,7 @@ def end(session: Session, slot: str, state: str, reason: str = "") -> None:
     session.records[slot] = record
     session.learn(record)
     session.tally.ends[state] += 1
-    tell(session.ledger, record.spec.number, state, record.last.eval_loss if record.last else None, reason)
+    _in_optuna(session, tell, record.spec.number, state, record.last.eval_loss if record.last else None, reason)
     tidy_checkpoints(record)
 
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from optuna.trial import FrozenTrial
 
 from sweep.driver.checkpoints import remove_half_written, tidy_checkpoints
+from sweep.driver.failures import call
 from sweep.driver.interrupts import uninterrupted
+from sweep.driver.patience import StorageError
 from sweep.driver.plan import confirm_slot, search_slot
 from sweep.driver.sampling import RATE
 from sweep.driver.session import Session, end_if_over, start_record, warn
-from sweep.driver.storage import Ledger, StorageError, create_trial, list_trials, report, tell
+from sweep.driver.storage import Ledger, create_trial, list_trials, report, tell
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.study.errors import FieldError
@@ -22,7 +24,7 @@ from sweep.tracking.journal import TrialRecord
 
 def refuse_other_inputs(executor: Executor, work: Work, setup: Setup, prepared: Prepared) -> None:
     """Raise FieldError where data or model are not those that the study began with, or cannot be read any more."""
-    data, model, text = executor.submit(work.fingerprints, setup).result()
+    data, model, text = call(executor, "reading model and data", work.fingerprints, setup)
     compared = [
         ("data.source", setup.data.source, prepared.data_fingerprint, data),
         ("model", setup.model, prepared.model_fingerprint, model),

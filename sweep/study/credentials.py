@@ -47,7 +47,7 @@ def without_credentials(text: str) -> str:
     return text
 
 
-def without_password(address: str) -> str:
+def kept_address(address: str) -> str:
     """An address as it may be kept: user and host stay, `***` stands for a password."""
     address = ADDRESS.sub(lambda found: found[1] + _password_cut(found[1], found[2]), address)
     return IN_PAIR.sub(rf"\1{CUT}", IN_QUERY.sub(rf"\1{CUT}", address))

@@ -22,6 +22,8 @@ from sweep.study.schema import Study
 FieldPath = tuple[str | int, ...]
 ON_COMMAND_LINE = 0  # the "line" of a value that `--set` gave
 MOST_LINES, LONGEST_LINE = 40, 4000  # of an error
+# Where a study runs and keeps its files may change while it runs; rank_use and published look at what has been trained.
+NOT_ASKED = ("storage", "resources", "checkpoints", "rank_use", "published")
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,18 @@ def dump_study(study: Study) -> str:
     return yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+def dump_question(study: Study) -> str:
+    """The part of it that a study must not change once it has run; see NOT_ASKED."""
+    return yaml.safe_dump(study.model_dump(exclude=set(NOT_ASKED)), sort_keys=False, allow_unicode=True)
+
+
 def dotted(study: Study) -> dict[str, Any]:
     """Dotted key -> value, with every default."""
     return dict(_flat(study.model_dump(), ""))
 
 
 def what_changed(before: str, after: str) -> list[str]:
-    """The keys in which two dumps ask another question, as it ran (-) and as asked now (+); `storage` may move, and
-    `rank_use` and `published` look at what has been trained."""
+    """The keys in which two dumps ask another question, as it ran (-) and as asked now (+); see NOT_ASKED."""
     ran, asked = _asked(before), _asked(after)
     lines = []
     for key in [*ran, *(key for key in asked if key not in ran)]:
@@ -138,9 +144,7 @@ def _asked(dump: str) -> dict[str, Any]:
     raw = yaml.safe_load(dump)
     with suppress(ValidationError):  # written by another version: hold it as it stands
         raw = Study.model_validate(raw).model_dump()
-    asked = dict(_flat(raw, ""))
-    asked.pop("storage", None)
-    return {key: value for key, value in asked.items() if key.split(".")[0] not in ("rank_use", "published")}
+    return {key: value for key, value in _flat(raw, "") if key.split(".")[0] not in NOT_ASKED}
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:

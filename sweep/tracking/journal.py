@@ -88,15 +88,20 @@ class StudyRecord:
     provenance: tuple[dict[str, Any], ...] = ()  # what each of them told: see `sweep.driver.provenance`
 
 
-def append(path: Path, event: str, **values: Any) -> None:
-    """Write one event and wait until it is on the disk. Raises OSError when it cannot be (disk full, read-only)."""
+def append(path: Path, event: str, **values: Any) -> float:
+    """Write one event and wait until it is on the disk; returns its time.
+
+    Raises OSError when it cannot be written (disk full, read-only).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"event": event, "time": time.time(), **values}, allow_nan=False).encode() + b"\n"
+    now = time.time()
+    line = json.dumps({"event": event, "time": now, **values}, allow_nan=False).encode() + b"\n"
     with open(path, "ab+") as file:
         _cut_torn_line(file)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+    return now
 
 
 def append_asked(spec: TrialSpec) -> None:
