@@ -265,7 +265,7 @@ class Resources(Strict):
 
 
 class Study(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$", max_length=150)]  # of folders: no dots, no slashes
     question: str = ""
     model: str = Field(min_length=1)
     trust_remote_code: bool = False  # run code that the model brings; --trust-remote-code confirms it each time
