@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sweep.driver.opening import open_ledger, open_storage
 from sweep.driver.patience import Patience
+from sweep.driver.place import settle_place
 from sweep.driver.progress import Progress, snapshot, start_tally
 from sweep.driver.provenance import changed_versions, describe_session
 from sweep.driver.question import write_question
@@ -28,15 +29,20 @@ def begin(
     work: Work,
     setup: Setup,
     known: StudyRecord,
+    checkpoints: str,
     patience: Patience,
     listen: Callable[[Progress], None],
 ) -> Session:
-    """Raises QuestionChanged, StorageError, OSError."""
+    """checkpoints: where the user wants them, see `settle_place`.
+
+    Raises QuestionChanged, StorageError, OSError, and FieldError or PlaceError about `checkpoints`.
+    """
     tally = start_tally(study, known.trials, known.finalists)
     patience = replace(patience, say=lambda message: listen(snapshot(tally, message)))
     begin_session(max((last for _, last in known.sessions), default=0.0))
     told = describe_session()
     began = append(folder.journal, "started", **told)
+    known = settle_place(checkpoints, study, known)
     ledger = open_ledger(study, open_storage(patience), known.started_at or began, patience)
     write_question(study, folder)
     records = match_trials(ledger, known.trials)
@@ -51,6 +57,7 @@ def begin(
         tally=tally,
         records=records,
         warnings=set(known.warnings),
+        place=known.place,
     )
     changed = changed_versions(known.provenance[0]["versions"], told["versions"]) if known.provenance else None
     if changed:

@@ -27,6 +27,7 @@ from sweep.driver.patience import (
 )
 from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.storage import Ledger, distributions
+from sweep.study.credentials import CUT
 from sweep.study.schema import Study
 
 HASH, OWNER = "question_sha256", "started"  # the study's own attributes in Optuna
@@ -46,6 +47,11 @@ LIBPQ = {
 def open_storage(patience: Patience) -> BaseStorage:
     """Open a storage by its Optuna URL. Raises StorageError."""
     url = patience.url
+    if CUT in url:  # as the home keeps it
+        raise StorageError(
+            f"{patience.shown} wants its password, which the home does not keep: run the study by its file, "
+            "or set SWEEP_STORAGE"
+        )
     try:
         options: dict[str, Any] = {"connect_args": _connect_args(make_url(url), patience.seconds)}
     except ArgumentError as error:

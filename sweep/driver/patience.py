@@ -18,6 +18,7 @@ from sqlalchemy.engine import Engine, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError
 
 from sweep.driver.interrupts import sleep
+from sweep.study.credentials import without_credentials
 from sweep.study.errors import in_one_line
 
 T = TypeVar("T")
@@ -157,13 +158,13 @@ def damaged(patience: Patience, cause: str) -> StorageError:
 
 
 def without_password(text: str, url: str) -> str:
-    """The first line of a text that may show the URL, its password struck out."""
+    """The first line of a text that may show the URL, its password struck out, and anybody else's."""
     line = next(iter(text.splitlines()), "")
     try:
         password: Any = make_url(url).password
     except ArgumentError:
         return line.replace(url, "(not a URL)")
-    return line.replace(str(password), "***") if password else line
+    return without_credentials(line.replace(str(password), "***") if password else line)
 
 
 def _passes(error: BaseException) -> bool:

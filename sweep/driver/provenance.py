@@ -21,7 +21,7 @@ from sweep.report.words import without_paths
 SECONDS = 10  # for another program to answer
 PACKAGES = ("optuna", "mlflow", "torch", "transformers", "tokenizers", "datasets", "numpy", "peft", "safetensors")
 TO_LAST_PART = re.compile(r"(^|=)~?/.*/")  # an absolute path, blanks and all
-STORAGE = re.compile(r"(.*=)?storage=")  # --set storage=URL, or --set=storage=URL in one word
+STORAGE = re.compile(r"(.*=)?(storage|checkpoints)=")  # --set storage=URL, or --set=storage=URL in one word
 
 
 def describe_session() -> dict[str, Any]:
@@ -54,7 +54,8 @@ def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str | N
 def shown_command(words: list[str]) -> str:
     """`sweep` and its arguments as a shell takes them; empty where another program runs us.
 
-    Absolute paths are cut to their last part, credentials are cut out of URLs, and where the storage lies is not told.
+    Absolute paths are cut to their last part, credentials are cut out of URLs, and where the storage or the checkpoints
+    lie is not told.
     """
     program, *arguments = words
     if Path(program).stem != "sweep":
