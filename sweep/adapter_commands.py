@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sweep.arguments import HomeOption, StudyName, ran
+from sweep.arguments import ConfirmCode, HomeOption, StudyName, confirm_code, ran
 from sweep.exits import FAILED, Refused
 from sweep.study.home import find_home
 
@@ -37,6 +37,7 @@ def export(
         typer.Option(metavar="NAME", help="Put the adapter into MLflow's registry too, and load it back from there."),
     ] = None,
     home: HomeOption = None,
+    trust_remote_code: ConfirmCode = False,
 ) -> None:
     """Write an adapter that PEFT loads, checked in a fresh process before this says done."""
     from sweep.tracking.models import name_problem
@@ -50,6 +51,7 @@ def export(
         raise Refused(f"--register: {register!r} {problem}")
     place = find_home(home)
     asked, record = ran(study, place)
+    confirm_code(asked, trust_remote_code)
     from sweep import publishing
 
     chosen, exported = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache)
@@ -72,6 +74,9 @@ def adapters(
         str | None,
         typer.Option(metavar="A,B,base,…", help="Which adapter answers each text: all in one batch, over one base."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Code that the model of --base brings may run.")
+    ] = False,
 ) -> None:
     """Show adapters; with texts, what the base and each of them answer, side by side on one base."""
     from sweep import console
@@ -81,6 +86,8 @@ def adapters(
     from sweep.training.locate import load_tokenizer, locate_model
     from sweep.training.tasks import CLASSIFICATION
 
+    if trust_remote_code and base is None:  # whoever wrote an adapter does not choose whose code runs
+        raise Refused("--trust-remote-code: say with --base which model's code may run")
     places = _named(folders)
     read = {name: read_adapter(folder) for name, folder in places.items()}
     out = console.console()
@@ -94,10 +101,10 @@ def adapters(
     found = list(read.values())
     task, model = common_task(found), base or common_base(found)
     labels = common_labels(found) if task == CLASSIFICATION else ()
-    serving = load_serving_base(model, task, labels)
+    serving = load_serving_base(model, task, labels, trust_remote_code=trust_remote_code)
     for name, folder in places.items():
         serving.add(name, folder)
-    answers = list(answer(serving, load_tokenizer(locate_model(model)), task, labels, asked))
+    answers = list(answer(serving, load_tokenizer(locate_model(model, trust_remote_code)), task, labels, asked))
     out.print(console.answers_table(answers))
     if task == CLASSIFICATION and any(name is None for _, name in asked):
         print("note: where the base comes without a trained head for these classes, its own answers mean nothing")
@@ -165,6 +172,7 @@ def latency(
     repeats: Annotated[int, typer.Option(min=1, help="Turns; from six on, intervals are at 95 %.")] = 9,
     float32: Annotated[bool, typer.Option("--float32", help="In place of the study's own precision.")] = False,
     home: HomeOption = None,
+    trust_remote_code: ConfirmCode = False,
 ) -> None:
     """Time a forward pass of the base, merged, unmerged and mixed adapters. `sweep report` then shows it in full."""
     from sweep.adapters.latency import LatencyError
@@ -174,6 +182,7 @@ def latency(
 
     place = find_home(home)
     asked, record = ran(study, place)
+    confirm_code(asked, trust_remote_code)
     wanted = Latency(
         batch_sizes=_whole_numbers("--batch", batch),
         lengths=_whole_numbers("--length", length),

@@ -20,6 +20,22 @@ HomeOption = Annotated[
     Path | None, typer.Option("--home", metavar="DIR", help="Where studies live. Default: $SWEEP_HOME, or ./.sweep.")
 ]
 
+ConfirmCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Confirm that code which the study's model brings may run."),
+]
+
+
+def confirm_code(study: Study, confirmed: bool) -> None:
+    """Raise Refused unless study file and command agree on whether code that the model brings may run."""
+    if study.trust_remote_code and not confirmed:
+        raise Refused(
+            f"trust_remote_code: study {study.name} wants to run the code that {study.model} brings, with all your "
+            "rights: read that code, then confirm it with --trust-remote-code"
+        )
+    if confirmed and not study.trust_remote_code:
+        raise Refused(f"--trust-remote-code: study {study.name} does not say trust_remote_code: true; leave it out")
+
 
 def is_file_name(study: str) -> bool:
     return Path(study).suffix in (".yaml", ".yml") or os.sep in study

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,10 +18,22 @@ import typer
 
 from sweep import __version__
 from sweep.adapter_commands import commands as adapter_commands
-from sweep.arguments import HomeOption, StudyName, asked_as, is_file_name, list_studies, name_of, ran
+from sweep.arguments import (
+    ConfirmCode,
+    HomeOption,
+    StudyName,
+    asked_as,
+    confirm_code,
+    is_file_name,
+    list_studies,
+    name_of,
+    ran,
+)
 from sweep.comparing import commands as comparing_commands
+from sweep.execution.choose import ExecutorName, open_executor
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
-from sweep.study.errors import FieldError
+from sweep.study.credentials import without_credentials
+from sweep.study.errors import FieldError, first_line
 from sweep.study.home import Home, StudyFolder, find_home
 
 if TYPE_CHECKING:
@@ -41,10 +53,6 @@ app.add_typer(adapter_commands)
 app.add_typer(comparing_commands)
 
 
-class ExecutorName(StrEnum):
-    inline = "inline"
-
-
 def main() -> None:
     """The `sweep` command: errors become lines on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -54,10 +62,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if os.environ.get("SWEEP_DEBUG"):
-            raise
         lines, code = _explain(error)
-        print("\n".join(lines), file=sys.stderr)
+        if os.environ.get("SWEEP_DEBUG"):
+            lines = traceback.format_exc().splitlines()
+        _complain("\n".join(lines))
         sys.exit(code)
 
 
@@ -92,6 +100,7 @@ def run(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="X", help="With --dry-run: what an hour costs, to price the study.")
     ] = None,
+    trust_remote_code: ConfirmCode = False,
 ) -> None:
     """Run a study, or take it up where it stopped. Once it is complete this changes nothing."""
     from sweep import over_domains
@@ -100,6 +109,7 @@ def run(
         raise Refused("--price-per-hour: give a price above 0" if dry_run else "--price-per-hour: only with --dry-run")
     place = find_home(home)
     source = _read(study, place, overrides or [])
+    confirm_code(source.study, trust_remote_code)
     _need_writable(place)
     try:
         if dry_run:
@@ -171,7 +181,7 @@ def dashboard(
 
 
 @app.command("rank-use")
-def rank_use(study: StudyName, home: HomeOption = None) -> None:
+def rank_use(study: StudyName, home: HomeOption = None, trust_remote_code: ConfirmCode = False) -> None:
     """Look at how much of their rank the confirmed arms used. `sweep report` then shows it with figures."""
     from sweep.adapters.rank_use import RankUseError
     from sweep.analyses import look_at_rank_use
@@ -179,6 +189,7 @@ def rank_use(study: StudyName, home: HomeOption = None) -> None:
 
     place = find_home(home)
     asked, record = ran(study, place)
+    confirm_code(asked, trust_remote_code)
     if record.finished_at is None:
         raise Refused(f"study {asked.name} is not complete: `sweep run` it to its end first", code=FAILED)
     try:
@@ -203,17 +214,18 @@ def doctor(home: HomeOption = None) -> None:
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     from sweep import analyses, console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
-    from sweep.execution.executor import InlineExecutor
+    from sweep.study.errors import NoWorkers, WorkerLost
     from sweep.tracking.journal import read_study_record
     from sweep.tracking.mlflow import Projector, find_tracking
 
-    assert executor is ExecutorName.inline
-    folder, workers = home.study(study.name), InlineExecutor()
+    folder, (workers, there) = home.study(study.name), open_executor(executor, study)
     storage = os.environ.get("SWEEP_STORAGE") or study.storage or home.optuna_url
     projector = Projector(study, folder, find_tracking(home))
     was_complete = read_study_record(folder).finished_at is not None
     try:
         projector.start()
+        if not was_complete:
+            _say(there)
         with console.watching(console.console()) as listen:
             run_study(
                 study, folder, workers, storage, home.cache, listen=(lambda progress: None) if was_complete else listen
@@ -226,9 +238,10 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
-    except StorageError as error:
+    except (StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
+        workers.shutdown()  # at once: nobody waits for what they do
         projector.finish(SECONDS_TO_TRACK_AFTER_INTERRUPT)
         _complain("interrupted; the state is saved, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
@@ -313,7 +326,6 @@ def _need_writable(home: Home) -> None:
 def _explain(error: Exception) -> tuple[Sequence[str], int]:
     """What to print for an error, and the exit code."""
     from sweep.study.file import StudyError
-    from sweep.tracking.connection import without_credentials
 
     if isinstance(error, Refused):
         return error.lines, error.code
@@ -321,17 +333,15 @@ def _explain(error: Exception) -> tuple[Sequence[str], int]:
         return error.lines(), USAGE
     if isinstance(error, FieldError):
         return [f"{field}: {message}" for field, message in error.problems], USAGE
-    text = str(error).strip().splitlines()
-    reason = without_credentials(text[0]) if text else type(error).__name__
-    return [f"error: {reason}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
+    return [f"error: {first_line(error)}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
 
 
 def _say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _complain(text: str) -> None:
+    print(without_credentials(text), file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

@@ -10,8 +10,15 @@ from pathlib import Path
 SWEEP = [sys.executable, "-c", "from sweep.cli import main; main()"]
 
 
-def sweep(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def sweep(*words: str, cwd: Path, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """typed: what its standard input holds."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SWEEP_", "MLFLOW_"))}
     return subprocess.run(
-        [*SWEEP, *words], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=120
+        [*SWEEP, *words],
+        cwd=cwd,
+        env={**clean, **environment},
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )

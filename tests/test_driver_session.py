@@ -11,7 +11,8 @@ from driving import records_of, run, undisturbed
 from fakes import fake_work, make_study, train_rung
 
 from sweep.driver.driver import Busy, Progress, QuestionChanged, StorageError, run_study
-from sweep.driver.storage import open_storage
+from sweep.driver.opening import open_storage
+from sweep.driver.patience import Patience
 from sweep.execution.executor import InlineExecutor
 from sweep.study.home import Home
 from sweep.study.records import Measurement, Unit
@@ -66,7 +67,7 @@ class TestOneAskerOneQuestion:
         elsewhere = Home(tmp_path / "elsewhere")
         with pytest.raises(QuestionChanged):
             run(elsewhere, make_study(train={"steps": 4, "batch_size": 2}), url=home.optuna_url)
-        with pytest.raises(StorageError, match="no journal"):
+        with pytest.raises(StorageError, match="another home began"):
             run(elsewhere, make_study(), url=home.optuna_url)
 
     def test_somebody_elses_optuna_study_of_this_name_is_refused(self, home: Home) -> None:
@@ -84,7 +85,7 @@ class TestOneAskerOneQuestion:
     @pytest.mark.parametrize("url", ["postgresql://me:s3cret@127.0.0.1:1/x", "nonsense://me:s3cret@host/x", "s3cret"])
     def test_a_storage_that_cannot_be_opened_is_told_without_its_password(self, url: str) -> None:
         with pytest.raises(StorageError) as caught:
-            open_storage(url)
+            open_storage(Patience(url, 0))
         assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -75,7 +75,7 @@ def test_want_of_memory_alone_is_a_result_and_no_failure(home: Home, error: Exce
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_what_does_not_fit_is_tried_once_and_its_like_are_not_run(home: Home, slots: int) -> None:
-    """Both ratios of rank 8 cost the same."""
+    """Both ratios of rank 8 cost the same. Beside others each is tried, and lacks what they took: one tells for all."""
     study, seen = make_study(), []
     with Threads(slots) as executor:
         run(home, study, fake_work(without_room_for(8, seen=seen)), executor)
@@ -83,10 +83,9 @@ def test_what_does_not_fit_is_tried_once_and_its_like_are_not_run(home: Home, sl
     first = min(reasons, key=lambda number: "as trial" in reasons[number])
     alone = [names for names in seen if len(names) == 1 and names[0].startswith("r8")]
     assert len(reasons) == 6
-    assert len(alone) == 1 if slots == 1 else len(alone) <= slots
+    assert len(alone) == 1 if slots == 1 else len(alone) <= 6 + 1
     not_run = [reason for reason in reasons.values() if "as trial" in reason]
-    assert len(not_run) == 6 - len(alone)
-    assert slots > 1 or set(not_run) == {f"does not fit on this device, as trial {first} found; not run"}
+    assert not_run == 5 * [f"does not fit on this device, as trial {first} found; not run"]
     assert set(records_of(home, study).costs) == {"r2-lora-all-linear", "full"}, "no probe of what did not fit"
 
 

@@ -16,7 +16,7 @@ import torch
 from driving import journal_view, optuna_view, records_of, run, trials_of, undisturbed
 from fakes import fake_work, make_study, probe, train_rung
 
-from sweep.driver import session, storage, takeup
+from sweep.driver import opening, session, takeup
 from sweep.driver.interrupts import uninterrupted
 from sweep.study.home import Home
 from sweep.study.records import Measurement, Unit
@@ -44,8 +44,8 @@ def interrupt_in_a_callback(number: int) -> None:
         (session, "create_trial"),
         (session, "report"),
         (session, "tell"),
-        (storage.optuna.storages, "get_storage"),
-        (storage, "question_hash"),
+        (opening.optuna.storages, "get_storage"),
+        (opening, "question_hash"),
         (takeup, "list_trials"),
         (takeup, "tidy_checkpoints"),
     ],

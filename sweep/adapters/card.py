@@ -44,6 +44,7 @@ def model_card(study: Study, record: StudyRecord, trial: TrialRecord, merge: boo
         merge,
         prefix_below=arm.r > 0 and arm.prefix_length > 0,
         images=study.task == "image-classification",
+        own_code=study.trust_remote_code,
     )
     return f"""---
 library_name: {"transformers" if merge else "peft"}
@@ -74,25 +75,33 @@ To load it, in this folder:
 """
 
 
-def loading(model: str, labels: int | None, merge: bool, prefix_below: bool = False, images: bool = False) -> str:
+def loading(
+    model: str,
+    labels: int | None,
+    merge: bool,
+    prefix_below: bool = False,
+    images: bool = False,
+    own_code: bool = False,
+) -> str:
     """The program that loads an export with transformers and PEFT alone, run in its folder.
 
     labels: their number where rows are classified, else None. prefix_below: the folder holds LoRA, and one below it a
-    prefix. images: whether the rows are images.
+    prefix. images: whether the rows are images. own_code: whether the model brings code of its own.
     """
+    trust = ", trust_remote_code=True" if own_code else ""
     auto = "AutoModelForImageClassification" if images else "AutoModelForSequenceClassification"
     auto = "AutoModelForCausalLM" if labels is None else auto
     kind, name = ("AutoImageProcessor", "processor") if images else ("AutoTokenizer", "tokenizer")
     names = ", ".join(sorted((auto, kind)))
     if merge:
-        load = f'{name} = {kind}.from_pretrained(".")\nmodel = {auto}.from_pretrained(".")'
+        load = f'{name} = {kind}.from_pretrained("."{trust})\nmodel = {auto}.from_pretrained("."{trust})'
         return f"from transformers import {names}\n\n{load}"
     imports, folder, gguf = _base(model)
-    settings = gguf if labels is None else f"{gguf}, num_labels={labels}"
+    settings = f"{gguf}{trust}" if labels is None else f"{gguf}{trust}, num_labels={labels}"
     settings += ", ignore_mismatched_sizes=True" if images else ""  # the base mostly has a head for other labels
     lines = [*imports, "from peft import PeftModel", f"from transformers import {names}", "", folder]
     lines += [
-        f"{name} = {kind}.from_pretrained(folder{gguf})",
+        f"{name} = {kind}.from_pretrained(folder{gguf}{trust})",
         f"base = {auto}.from_pretrained(folder{settings})",
     ]
     if labels is not None and not images:  # the model's own configuration may name another padding token, or none

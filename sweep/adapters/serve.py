@@ -158,12 +158,14 @@ def load_serving_base(
     labels: Sequence[str] = (),
     precision: str = "float32",
     attention: str = "sdpa",
+    trust_remote_code: bool = False,
 ) -> ServingBase:
     """Load a base as a study does: a hub id, a path, or package:NAME/PATH. Raises FieldError.
 
-    labels: of a classifier, whose fresh head has one output each.
+    labels: of a classifier, whose fresh head has one output each. trust_remote_code: whether code that the base brings
+    may run.
     """
-    place = locate_model(model)
+    place = locate_model(model, trust_remote_code)
     pad_token_id = 0 if task == IMAGES else load_tokenizer(place).pad_token_id
     # Not the cached one: two sets of adapters may stand on bases of the same name.
     return ServingBase(load_base.__wrapped__(place, task, tuple(labels), pad_token_id, precision, attention))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,21 @@ def largest_difference(question: dict[str, Any]) -> float:
         "causal-lm": transformers.AutoModelForCausalLM,
     }
     auto, classify = kinds[question["task"]], question["task"] != "causal-lm"
-    settings: dict[str, Any] = {"dtype": torch.float32}
+    code = question["trust_remote_code"]
+    settings: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": code, "use_safetensors": True}
     if "registered" in question:  # in MLflow's registry, with MLflow alone
+        os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
         from mlflow.pyfunc import load_model
 
-        model = load_model(question["registered"]).unwrap_python_model().model
+        given = {"model_config": {"trust_remote_code": True}} if code else {}
+        model = load_model(question["registered"], **given).unwrap_python_model().model
     elif question["base"] is None:
         model = auto.from_pretrained(question["folder"], **settings)
     else:
         from peft import PeftModel
 
         if question["gguf_file"]:
-            settings["gguf_file"] = question["gguf_file"]
+            settings |= {"gguf_file": question["gguf_file"], "use_safetensors": None}
         if classify:
             settings["num_labels"] = question["labels"]
             settings["ignore_mismatched_sizes"] = True

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 _came: list[int] = []  # signals that wait for the end of the outermost `uninterrupted` block
 _raised: list[int] = []  # signals of this `interruptible` block that have been raised
+_asleep: list[bool] = []  # inside `sleep`
 
 
 @contextmanager
@@ -59,6 +61,17 @@ def heed() -> None:
         raise KeyboardInterrupt
 
 
+def sleep(seconds: float) -> None:
+    """Sleep where nothing is half written: a signal is raised at once, inside an `uninterrupted` block too."""
+    _asleep.append(True)
+    try:
+        if _came and _note in _handlers().values():
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+    finally:
+        _asleep.pop()
+
+
 def _handlers() -> dict[int, signal._HANDLER]:
     """What SIGINT and SIGTERM do, less those that are ignored. Signals reach the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
@@ -74,5 +87,5 @@ def _restore(handlers: Mapping[int, signal._HANDLER]) -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     _came.append(number)
-    if len(_came) > 1:
+    if len(_came) > 1 or _asleep:
         raise KeyboardInterrupt

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from sweep.driver.plan import Slot
 from sweep.study.records import Prepared
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Why a trial is trained anew to a step that it has been at, and where it goes from there."""
+
+    then: int
+    damage: str
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,10 @@ class Pack:
     slots: tuple[Slot, ...]
     start: int
     stop: int
+    losses: int = 0  # of workers that trained it
+    exclusive: bool = False  # with nothing else in training
+    rebuild: Rebuild | None = None  # of a single trial, from step 0
+    rebuilds: int = 0  # of its trial's checkpoint at this rung
 
 
 @dataclass(frozen=True)
@@ -28,26 +40,22 @@ class Ready:
     stop: int
 
 
-def plan_packs(ready: Iterable[Ready], pack_size: int) -> list[Pack]:
+def plan_packs(ready: Sequence[Ready], pack_size: int, workers: int = 1) -> list[Pack]:
     """Packs of at most `pack_size`, lowest start first and as even as can be; full fine-tuning and what may not fit
-    alone.
+    alone, the latter with nothing else in training.
 
-    Within a start the plan's order holds; it goes by rank, so that a pack has few ranks.
+    Within a start the plan's order holds; it goes by rank, so that a pack has few ranks. Several workers share what is
+    ready: a large pack on one of them while others idle takes longer than small ones on all.
     """
     packs: list[Pack] = []
+    largest = max(1, min(pack_size, -(-len(ready) // workers)))
     for (start, stop, alone), members in groupby(sorted(ready, key=_order), key=_kind):
         slots = [member.slot for member in members]
-        size = 1 if alone else max(1, pack_size)
+        size = 1 if alone else largest
         count = -(-len(slots) // size)
         bounds = [len(slots) * i // count for i in range(count + 1)]
-        packs += [Pack(tuple(slots[a:b]), start, stop) for a, b in pairwise(bounds)]
+        packs += [Pack(tuple(slots[a:b]), start, stop, 0, slots[a].doubtful) for a, b in pairwise(bounds)]
     return packs
-
-
-def before_doubtful(ready: Sequence[Ready], training: bool) -> list[Ready]:
-    """Those whose turn it is: what may not fit waits until nothing else is ready or in training."""
-    expected = [member for member in ready if not member.slot.doubtful]
-    return expected if expected or training else list(ready)
 
 
 def halves(pack: Pack) -> tuple[Pack, Pack]:
@@ -61,6 +69,13 @@ def at_most(pack: Pack, pack_size: int) -> list[Pack]:
     if len(pack.slots) <= max(1, pack_size):
         return [pack]
     return [part for half in halves(pack) for part in at_most(half, pack_size)]
+
+
+def name_trials(pack: Pack) -> str:
+    """How messages name a pack."""
+    names = list(dict.fromkeys(slot.arm.name for slot in pack.slots))
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return f"{len(pack.slots)} trial{'s' if len(pack.slots) > 1 else ''} ({shown})"
 
 
 def calibration_lines(prepared: Prepared) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sweep.driver.pruning import kept, steps_left
@@ -11,6 +12,8 @@ from sweep.study.arms import Arm
 from sweep.study.finalists import finalist_groups, rates_confirmed
 from sweep.study.records import Forecast, Prepared, StudyForecast
 from sweep.study.schema import Study, rate_values
+
+SURELY, TIMES = 600.0, 20  # seconds, and how many times longer than forecast a pack may train before it hangs
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,19 @@ def priced(study: Study, prepared: Prepared, forecast: StudyForecast) -> StudyFo
         both = work.validations * forecast.validation_s + work.steps / study.train.steps * forecast.test_s
         packed, alone = packed + both, alone + both
     return replace(forecast, packed_s=packed, alone_s=alone)
+
+
+def allowed_seconds(forecast: StudyForecast | None, arms: Sequence[Arm], steps: int, test: bool) -> float | None:
+    """How long a pack of these arms may train before it is taken for hung; None where its time was not forecast.
+
+    Ample: the forecast is of each arm alone, and a worker starts and loads the base first.
+    """
+    found = [forecast.of(arm.cost_key) for arm in arms] if forecast else []
+    times = [one.step_time_s for one in found if one is not None and one.step_time_s is not None]
+    if forecast is None or len(times) < len(arms):
+        return None
+    evaluation = len(arms) * (forecast.validation_s + (forecast.test_s if test else 0.0))
+    return SURELY + TIMES * (steps * sum(times) + evaluation)
 
 
 def forecast_lines(forecast: StudyForecast) -> list[str]:

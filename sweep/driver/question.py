@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from sweep.study.file import dump_study, what_changed
+from sweep.study.credentials import kept_address
+from sweep.study.file import dump_question, dump_study, what_changed
 from sweep.study.home import StudyFolder
 from sweep.study.schema import Study
 
@@ -73,15 +74,15 @@ def refuse_other_question(study: Study, folder: StudyFolder) -> None:
 
 
 def write_question(study: Study, folder: StudyFolder) -> None:
-    """Put the study file into the folder, whole or not at all."""
+    """Put the study file into the folder, whole or not at all. A password in `storage` is not kept."""
     half = folder.study_file.with_suffix(".tmp")
     with open(half, "w", encoding="utf-8") as file:
-        file.write(dump_study(study))
+        file.write(dump_study(study.model_copy(update={"storage": study.storage and kept_address(study.storage)})))
         file.flush()
         os.fsync(file.fileno())
     os.replace(half, folder.study_file)
 
 
 def question_hash(study: Study) -> str:
-    """The same for two studies that ask the same; `storage` may move."""
-    return hashlib.sha256(dump_study(study.model_copy(update={"storage": None})).encode()).hexdigest()
+    """The same for two studies that ask the same."""
+    return hashlib.sha256(dump_question(study).encode()).hexdigest()

@@ -6,26 +6,20 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
-from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
-from sweep.driver.interrupts import uninterrupted
+from sweep.driver.patience import Patience, StorageError, patiently
 from sweep.driver.plan import rate_bounds
-from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.sampling import RATE
 from sweep.study.arms import Arm, pattern_text
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED
 from sweep.study.schema import Study
 
-HASH = "question_sha256"
 STATES = {
     COMPLETE: TrialState.COMPLETE,
     PRUNED: TrialState.PRUNED,
@@ -34,10 +28,6 @@ STATES = {
     FAILED: TrialState.FAIL,
 }
 CONSTRAINTS = "constraints"  # Optuna's and its dashboard's system attribute: above 0 is infeasible
-
-
-class StorageError(RuntimeError):
-    """Optuna's storage cannot serve this study; the message is one line and holds no password."""
 
 
 @dataclass(frozen=True)
@@ -49,77 +39,20 @@ class Ledger:
     study_id: int
     distributions: dict[str, BaseDistribution]
     numbers: Iterator[int]  # that the next trials get, while nobody else creates any
-
-
-def shown_url(url: str) -> str:
-    """The URL as messages may show it."""
-    try:
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except ArgumentError:
-        return "(not a URL)"
-
-
-@uninterrupted()
-def open_storage(url: str) -> BaseStorage:
-    """Open a storage by its Optuna URL. Raises StorageError."""
-    # A dashboard may be reading the file; a server may have restarted since the last trial.
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if url.startswith("sqlite"):
-        options = {"connect_args": {"timeout": 60}}
-    try:
-        return optuna.storages.get_storage(RDBStorage(url, engine_kwargs=options))
-    except Exception as error:
-        raise StorageError(f"the Optuna storage {shown_url(url)} cannot be opened: {_cause(error, url)}") from None
-
-
-@uninterrupted()
-def open_ledger(study: Study, storage: BaseStorage, fresh: bool) -> Ledger:
-    """Open the study in Optuna's storage, or make it.
-
-    fresh: nothing of the study has run in this home, so that trials found in the storage are somebody else's.
-    Raises QuestionChanged or StorageError where they are.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    found = optuna.create_study(
-        study_name=study.name,
-        storage=storage,
-        direction="minimize",
-        load_if_exists=True,
-        sampler=optuna.samplers.RandomSampler(),  # never asked: grid and draws come with every parameter fixed
-        pruner=optuna.pruners.NopPruner(),  # never asked: it would compare ranks
-    )
-    study_id = storage.get_study_id_from_name(study.name)
-    trials = storage.get_n_trials(study_id)
-    theirs, ours = found.user_attrs.get(HASH), question_hash(study)
-    if trials and theirs != ours:
-        raise QuestionChanged(
-            f"Optuna's storage holds a study {study.name!r} that asks another question: give this one another name",
-            [f"-{HASH}: {theirs}", f"+{HASH}: {ours}"],
-        )
-    if trials and fresh:
-        raise StorageError(
-            f"Optuna's storage holds trials of study {study.name!r}, but this home has no journal of them: "
-            "use the home where they ran, or give the study another name"
-        )
-    if theirs != ours:
-        found.set_user_attr(HASH, ours)
-        found.set_user_attr("question", study.question)
-        # As Study.set_metric_names does, without its warning: dashboards name the values by it.
-        storage.set_study_system_attr(study_id, "study:metric_names", ["eval_loss"])
-    return Ledger(found, storage, study_id, _distributions(study), count(trials))
+    patience: Patience
 
 
 def list_trials(ledger: Ledger) -> list[FrozenTrial]:
-    """Every trial, by number. Reads them all: once, when the study is taken up."""
-    return ledger.study.get_trials(deepcopy=False)
+    """Every trial, by number. Reads them all: once, when the study is taken up. Raises StorageError."""
+    return patiently(ledger.patience, lambda again: ledger.study.get_trials(deepcopy=False))
 
 
 def create_trial(ledger: Ledger, arm: Arm, rate: float, phase: str, seed: int, slot: str) -> int:
     """Create a trial and return its number.
 
-    It appears whole and RUNNING, in one transaction, so that no kill leaves half a trial. `Study.ask` would read every
-    unfinished trial of the study each time, and thousands wait at a rung. Raises StorageError where somebody else
-    creates trials too.
+    It appears whole and RUNNING, in one transaction, so that no kill leaves half a trial; where only the server's
+    answer was lost, none is created a second time. `Study.ask` would read every unfinished trial of the study each
+    time, and thousands wait at a rung. Raises StorageError, also where somebody else creates trials.
     """
     params = _params(arm, rate)
     template = optuna.trial.create_trial(
@@ -128,10 +61,17 @@ def create_trial(ledger: Ledger, arm: Arm, rate: float, phase: str, seed: int, s
         distributions=ledger.distributions,
         user_attrs={"arm": arm.name, "phase": phase, "seed": seed, "slot": slot},
     )
-    trial_id = ledger.storage.create_new_trial(ledger.study_id, template_trial=template)
     number = next(ledger.numbers)
+
+    def create(again: bool) -> int:
+        created = _find_trial(ledger, number) if again else None
+        if created is not None and created.user_attrs.get("slot") == slot:
+            return created._trial_id
+        return ledger.storage.create_new_trial(ledger.study_id, template_trial=template)
+
+    trial_id = patiently(ledger.patience, create)
     if _trial_id(ledger, number) != trial_id:
-        ledger.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        patiently(ledger.patience, lambda again: ledger.storage.set_trial_state_values(trial_id, TrialState.FAIL))
         raise StorageError(
             f"somebody else creates trials in Optuna's study {ledger.study.study_name!r}: "
             "let only one home run it, and run the command again"
@@ -140,30 +80,45 @@ def create_trial(ledger: Ledger, arm: Arm, rate: float, phase: str, seed: int, s
 
 
 def report(ledger: Ledger, number: int, step: int, loss: float) -> None:
-    """Report an intermediate value; once the trial has ended in Optuna, nothing."""
+    """Report an intermediate value; once the trial has ended in Optuna, nothing. Raises StorageError."""
+    trial_id = _trial_id(ledger, number)
     with suppress(UpdateFinishedTrialError):  # somebody ended it by hand; the journal is the truth
-        ledger.storage.set_trial_intermediate_value(_trial_id(ledger, number), step, loss)
+        patiently(ledger.patience, lambda again: ledger.storage.set_trial_intermediate_value(trial_id, step, loss))
 
 
 def tell(ledger: Ledger, number: int, state: str, loss: float | None, reason: str) -> None:
-    """End a trial in Optuna as its journal ended; once it has ended there, nothing.
+    """End a trial in Optuna as its journal ended; once it has ended there, nothing. Raises StorageError.
 
     Optuna's dashboard calls infeasible what is complete and violates a constraint, and complete wants a value: there,
     and nowhere else, it is infinite, which importances leave out. A loss of an early rung they would take as final.
     """
-    trial_id = _trial_id(ledger, number)
+    trial_id, storage = _trial_id(ledger, number), ledger.storage
     values = [loss] if state in (COMPLETE, PRUNED) and loss is not None else None
-    with suppress(UpdateFinishedTrialError):
+
+    def end(again: bool) -> None:
         if reason:
-            ledger.storage.set_trial_user_attr(trial_id, "reason", reason)
+            storage.set_trial_user_attr(trial_id, "reason", reason)
         if state == INFEASIBLE:
-            ledger.storage.set_trial_system_attr(trial_id, CONSTRAINTS, [1.0])
-            values = [math.inf]
-        ledger.storage.set_trial_state_values(trial_id, STATES[state], values)
+            storage.set_trial_system_attr(trial_id, CONSTRAINTS, [1.0])
+        storage.set_trial_state_values(trial_id, STATES[state], [math.inf] if state == INFEASIBLE else values)
+
+    with suppress(UpdateFinishedTrialError):
+        patiently(ledger.patience, end)
+
+
+def _find_trial(ledger: Ledger, number: int) -> FrozenTrial | None:
+    try:
+        trial_id = ledger.storage.get_trial_id_from_study_id_trial_number(ledger.study_id, number)
+    except KeyError:
+        return None
+    return ledger.storage.get_trial(trial_id)
 
 
 def _trial_id(ledger: Ledger, number: int) -> int:
-    return ledger.storage.get_trial_id_from_study_id_trial_number(ledger.study_id, number)
+    return patiently(
+        ledger.patience,
+        lambda again: ledger.storage.get_trial_id_from_study_id_trial_number(ledger.study_id, number),
+    )
 
 
 def _params(arm: Arm, rate: float) -> dict[str, int | float | str]:
@@ -184,7 +139,7 @@ def _modules(arm: Arm) -> str:
     return "+".join(arm.target_modules) or arm.method
 
 
-def _distributions(study: Study) -> dict[str, BaseDistribution]:
+def distributions(study: Study) -> dict[str, BaseDistribution]:
     """What Optuna and its dashboard take for the search space: methods, modules and patterns where they vary."""
     arms = study.list_arms()
     ranks, ratios = [arm.r for arm in arms], [arm.alpha_ratio for arm in arms]
@@ -205,13 +160,3 @@ def _distributions(study: Study) -> dict[str, BaseDistribution]:
         if len(patterns) > 1:
             space[name] = CategoricalDistribution(list(dict.fromkeys(["", *patterns])))
     return space
-
-
-def _cause(error: Exception, url: str) -> str:
-    """The error in one line, the password struck out."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    try:
-        password = make_url(url).password
-    except ArgumentError:
-        return line.replace(url, "(not a URL)")
-    return line.replace(str(password), "***") if password else line

@@ -10,18 +10,30 @@ from sweep.execution.worker import let_go
 
 
 class Executor(Protocol):
+    """A future ends in what its function returned or raised, or in one of two errors of the executor's own:
+    WorkerLost, with the reason, where the process that ran it ended, and NoWorkers where nothing can run it."""
+
     @property
     def slots(self) -> int:
-        """How many units run at once."""
+        """How many units run at once; it may change over time."""
         ...
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]: ...
 
-    def shutdown(self, wait: bool = True) -> None: ...
+    def end(self, future: Future[Any], reason: str) -> None:
+        """Stop the worker that runs it: the future ends in WorkerLost(reason), unless it has ended by then."""
+        ...
+
+    def shutdown(self) -> None:
+        """Stop every worker, with what it runs. May be called again."""
+        ...
 
 
 class InlineExecutor:
-    """Runs each call at once, in this process: the base model is loaded once and stays."""
+    """Runs each call at once, in this process: the base model is loaded once and stays.
+
+    What hangs here hangs the command: nobody is left to end it. What is killed is the command.
+    """
 
     slots = 1
 
@@ -35,5 +47,8 @@ class InlineExecutor:
             future.set_exception(error)
         return future
 
-    def shutdown(self, wait: bool = True) -> None:
+    def end(self, future: Future[Any], reason: str) -> None:
+        """Never needed: futures of this executor have ended when they are seen."""
+
+    def shutdown(self) -> None:
         """Nothing to stop."""

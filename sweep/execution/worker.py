@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from traceback import clear_frames
 
 from sweep.study.arms import Arm
+from sweep.study.errors import in_one_line
 from sweep.study.records import Cost, Measurement, Prepared, Setup, StudyForecast, Unit
 
 
@@ -54,6 +57,31 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
     return probe(setup, prepared, arm)
 
 
+def answer(request: bytes) -> bytes:
+    """Run a pickled (function, arguments) in a worker; returns (its value, None) or (None, what it raised), pickled."""
+    try:
+        fn, args = pickle.loads(request)
+        reply = pickle.dumps((fn(*args), None))
+    except BaseException as error:  # a worker lives on, whatever a unit does
+        error.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))
+        let_go(error)
+        reply = pickle.dumps((None, as_sent(error)))
+    free_cache()  # another worker, or a probe's process, may share the device
+    return reply
+
+
+def as_sent(error: BaseException) -> Exception:
+    """An error as it crosses a process boundary: itself, or a RuntimeError with its line where it cannot.
+
+    torch's own count as such, since the other side may not have torch, and need not load it.
+    """
+    if isinstance(error, Exception) and type(error).__module__.split(".")[0] != "torch":
+        with suppress(Exception):  # whatever its own pickling does
+            if type(pickle.loads(pickle.dumps(error))) is type(error):
+                return error
+    return RuntimeError(in_one_line(error))
+
+
 def let_go(error: BaseException) -> None:
     """Free what an error's trace-back keeps alive, a failed pack's memory above all; its lines can still be printed."""
     errors: list[BaseException] = [error]
@@ -61,6 +89,11 @@ def let_go(error: BaseException) -> None:
         clear_frames(found.__traceback__)
         errors += [e for e in (found.__cause__, found.__context__) if e is not None and e not in errors]
     gc.collect()  # frames and tensors refer to each other
+    free_cache()
+
+
+def free_cache() -> None:
+    """Give memory of the device that the allocator keeps for later back to others."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         with suppress(RuntimeError):  # the device may be what failed

@@ -225,7 +225,7 @@ def _unbroken(text: str) -> str:
 
 def _breakable(text: str) -> Markup:
     """HTML in which a line may end after the dots of a layer's name."""
-    return Markup(re.sub(r"(?<=\w)\.(?=[a-z])", ".<wbr>", str(escape(text))))
+    return Markup(re.sub(r"(?<=\w)\.(?=[a-z])", ".<wbr>", str(escape(text))))  # noqa: S704 (escaped here)
 
 
 def _slug(title: str) -> str:

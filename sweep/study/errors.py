@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from sweep.study.credentials import without_credentials
+
 
 class FieldError(ValueError):
     """Bad input that shows only after the study file was read: it names the field and what to do.
@@ -57,5 +59,12 @@ def was_killed(error: BaseException) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Its kind and message, at most 500 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].rstrip(": ")
+    """Its kind and message, at most 500 characters, without anybody's credentials."""
+    told = without_credentials(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {told}"[:500].rstrip(": ")
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, without anybody's credentials; its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return without_credentials(lines[0]) if lines else type(error).__name__

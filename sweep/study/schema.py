@@ -255,10 +255,20 @@ class Forgetting(Strict):
     max_rows: Count = 200
 
 
+class Resources(Strict):
+    """What workers may take of the machine or the cluster. It is no part of the question: a study may move."""
+
+    workers: Count | None = None  # default: one a GPU; without a GPU, one
+    cpus: Positive | None = None  # cores of each; default: an equal share
+    gpus: Annotated[float, Field(ge=0, le=1)] | None = None  # of each; at 0.5 two share one, at 0 none is used
+    seconds_per_rung: Positive | None = None  # a pack that takes longer hangs: its worker is ended, and it is retried
+
+
 class Study(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$", max_length=150)]  # of folders: no dots, no slashes
     question: str = ""
     model: str = Field(min_length=1)
+    trust_remote_code: bool = False  # run code that the model brings; --trust-remote-code confirms it each time
     quantization: Literal["4bit", "8bit"] | None = None  # of the frozen base (QLoRA); CUDA only
     pretrain: Pretrain | None = None
     task: Task
@@ -273,6 +283,7 @@ class Study(Strict):
     forgetting: Forgetting | None = None
     published: list[Published] = []  # figures of others, set beside this study's in its report
     storage: str | None = None  # any Optuna URL; default: sqlite in the home
+    resources: Resources | None = None  # of workers: with --executor local or ray
 
     @model_validator(mode="before")
     @classmethod
@@ -320,6 +331,7 @@ class Study(Strict):
             split_seed=self.search.seed,
             cache=cache,
             quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
             forgetting=ForgettingSettings(**self.forgetting.model_dump()) if self.forgetting else None,
             pretrain=self.pretrain.settings() if self.pretrain else None,
         )

@@ -1,7 +1,8 @@
 """The adapter as MLflow loads it: `mlflow.pyfunc.load_model`. MLflow keeps this file beside the adapter and runs it.
 
 It needs MLflow, PEFT, transformers and torch, and nothing of ours. The base model is not in MLflow: it is found again
-by the name that the adapter gives (a hub id, a path, package:NAME/PATH), or where `model_config={"base": …}` says.
+by the name that the adapter gives (a hub id, a path, package:NAME/PATH), or where `model_config={"base": …}` says. Its
+weights are read from safetensors or GGUF, and code that it brings runs with `{"trust_remote_code": True}` there alone.
 """
 
 from __future__ import annotations
@@ -35,15 +36,18 @@ class AdapterModel(PythonModel):
         }[self.task]
         images = self.task == "image-classification"
         kind = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
-        self.processor = kind.from_pretrained(folder)
+        asked = context.model_config or {}
+        code = {"trust_remote_code": asked.get("trust_remote_code") is True}
+        self.processor = kind.from_pretrained(folder, **code)
         config = loads((folder / "adapter_config.json").read_text())
-        settings: dict[str, Any] = {"dtype": "float32"}
+        settings: dict[str, Any] = {"dtype": "float32", **code}
         if self.labels:
             settings |= {"num_labels": len(self.labels), "ignore_mismatched_sizes": True}
         own = folder / "base"  # where the study itself made the base
-        where = (context.model_config or {}).get("base") or config["base_model_name_or_path"]
+        where = asked.get("base") or config["base_model_name_or_path"]
         base, gguf = (str(own), {}) if own.is_dir() else find_base(where)
-        model = auto.from_pretrained(base, **settings, **gguf)
+        settings |= gguf if gguf else {"use_safetensors": True}
+        model = auto.from_pretrained(base, **settings)
         if not images:
             self.processor.pad_token = self.processor.pad_token or self.processor.eos_token
             model.config.pad_token_id = self.processor.pad_token_id
@@ -104,6 +108,8 @@ def find_base(name: str) -> tuple[str, dict[str, str]]:
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(f"the base model lies in the Python package {package}, which is not installed")
+        if inside.startswith("/") or ".." in Path(inside).parts:
+            raise ValueError(f"the base model's name {name!r} leads out of its package")
         path = Path(spec.submodule_search_locations[0]) / inside
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Set before mlflow is imported, and only where the user has not: a server that is down must not hold us for minutes
 # (the projector tries again by itself), and nothing is printed over the live table.
 ENVIRONMENT = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",

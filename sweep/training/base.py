@@ -17,9 +17,10 @@ from sweep.lora.quantized import is_quantized, run_dequantized
 from sweep.lora.readout import reads_first_position
 from sweep.study.arms import ALL_LINEAR, Arm, pattern_key
 from sweep.study.errors import FieldError
-from sweep.training.locate import ModelPlace, first_line, quiet
+from sweep.training.locate import ModelPlace, quiet
 from sweep.training.quantization import check_quantization, loading_settings
 from sweep.training.tasks import CLASSIFICATION, CLASSIFIERS, IMAGES
+from sweep.training.trust import reading_weights, unusable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_NAMES = ("classifier", "score")  # what PEFT saves with the adapter of a classifier
@@ -56,9 +57,7 @@ def load_base(
     import transformers
 
     check_quantization(quantization)
-    settings: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": attention}
-    if place.gguf_file:
-        settings["gguf_file"] = place.gguf_file
+    settings: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": attention, **reading_weights(place)}
     if quantization is not None:
         spared = HEAD_NAMES if task in CLASSIFIERS else ()
         settings |= loading_settings(quantization, place, spared, DTYPES[precision])
@@ -76,7 +75,7 @@ def load_base(
         try:
             model, info = auto.from_pretrained(place.path, output_loading_info=True, **settings)
         except Exception as error:  # transformers raises many kinds; each means that this model can't be used
-            raise FieldError(("model", f"{place.name} cannot be loaded for {task}: {first_line(error)}")) from error
+            raise unusable(place, f" cannot be loaded for {task}", error) from error
     layers = linear_modules(model)
     missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     head = tuple(

@@ -38,6 +38,7 @@ from sweep.training.tasks import (
     sums_by_row,
     tell_pass,
 )
+from sweep.training.trust import CODE, reading_weights, unusable
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,7 @@ def load_language_model(place: ModelPlace, precision: str, attention: str) -> La
     """
     import transformers
 
-    settings: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": attention}
-    if place.gguf_file:
-        settings["gguf_file"] = place.gguf_file
+    settings: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": attention, **reading_weights(place)}
     auto: Any = transformers.AutoModelForMaskedLM if has_masked_head(place) else transformers.AutoModelForCausalLM
     lacking: list[str] = []
     with quiet():
@@ -103,6 +102,8 @@ def load_language_model(place: ModelPlace, precision: str, attention: str) -> La
             model, info = auto.from_pretrained(place.path, output_loading_info=True, **settings)
             lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         except (ValueError, KeyError) as error:  # a kind of model that has no such head
+            if CODE in str(error):
+                raise unusable(place, "", error) from error
             raise FieldError(("forgetting.source", _no_head(place, []))) from error
     if lacking:
         raise FieldError(("forgetting.source", _no_head(place, lacking)))

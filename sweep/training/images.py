@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from sweep.study.errors import FieldError
-from sweep.training.locate import ModelPlace, first_line, quiet
+from sweep.study.errors import FieldError, first_line
+from sweep.training.locate import ModelPlace, quiet
 from sweep.training.pictures import decode
+from sweep.training.trust import reading, unusable
 
 PROCESSOR = "preprocessor_config.json"
 _CODE_VERSION = 1  # raise it when the same images would become other pixels
@@ -66,10 +67,11 @@ def load_image_processor(place: ModelPlace) -> Any:
 
     try:
         with quiet():
-            return AutoImageProcessor.from_pretrained(place.path, local_files_only=place.local, backend="pil")
+            return AutoImageProcessor.from_pretrained(
+                place.path, local_files_only=place.local, backend="pil", **reading(place)
+            )
     except Exception as error:  # transformers raises many kinds; all mean the same to the study
-        message = f"{place.name}: its image processor ({PROCESSOR}) cannot be loaded: {first_line(error)}"
-        raise FieldError(("model", message)) from None
+        raise unusable(place, f": its image processor ({PROCESSOR}) cannot be loaded", error) from None
 
 
 def image_splits(
@@ -87,7 +89,7 @@ def image_splits(
         pixels_NCHW = _mapped(path, len(own))
         if pixels_NCHW is None:
             _write(path, own, processor, plain=factors is not None)
-            pixels_NCHW = np.load(path, mmap_mode="r")
+            pixels_NCHW = np.load(path, mmap_mode="r", allow_pickle=False)
         scale, shift = factors or (np.ones(1, np.float32), np.zeros(1, np.float32))
         classes = np.array([index[row["label"]] for row in own], dtype=np.int64)
         splits[name] = ImageSplit(pixels_NCHW, scale.reshape(-1, 1, 1), shift.reshape(-1, 1, 1), classes)
@@ -158,7 +160,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], processor: Any, plain: bo
 def _mapped(path: Path, rows: int) -> np.ndarray | None:
     """The cached array, not read yet; None where it is missing or damaged."""
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r")
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     return found if found.ndim == 4 and len(found) == rows else None

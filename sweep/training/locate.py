@@ -9,13 +9,14 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweep.study.errors import FieldError
+from sweep.study.errors import FieldError, first_line
+from sweep.training.trust import reading, unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ PACKAGE = "package:"
 DIGITS = "sklearn:digits"
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_WEIGHTS = (".safetensors", ".gguf")
 _SECONDS_FOR_THE_HUB = 4.0
 _MIB = 1 << 20
 
@@ -35,6 +36,7 @@ class ModelPlace:
     path: str  # local folder, or hub id
     gguf_file: str | None  # file name inside path
     local: bool
+    trust_remote_code: bool = False  # whether code that lies beside its weights may run
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,16 @@ class DataPlace:
     digits: bool = False  # scikit-learn's images
 
 
-def locate_model(name: str) -> ModelPlace:
+def locate_model(name: str, trust_remote_code: bool = False) -> ModelPlace:
     """A hub id, a local folder, a local .gguf file, or `package:NAME/PATH` for one of the latter two.
 
     A hub model that is cached is used from the cache when the hub cannot be reached.
     Raises FieldError on `model`.
     """
+    return replace(_located_model(name), trust_remote_code=trust_remote_code)
+
+
+def _located_model(name: str) -> ModelPlace:
     if name.startswith(PACKAGE):
         return _local_model(name, _in_package(name, "model"))
     path = Path(name).expanduser()
@@ -121,13 +127,11 @@ def load_tokenizer(place: ModelPlace) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    # Given only where it is used: transformers takes the key's presence as a request for GGUF.
-    gguf = {"gguf_file": place.gguf_file} if place.gguf_file else {}
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(place.path, local_files_only=place.local, **gguf)
+            tokenizer = AutoTokenizer.from_pretrained(place.path, local_files_only=place.local, **reading(place))
     except Exception as error:  # transformers raises many kinds; all mean the same to the study
-        raise FieldError(("model", f"{place.name}: its tokenizer cannot be loaded: {first_line(error)}")) from None
+        raise unusable(place, ": its tokenizer cannot be loaded", error) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise FieldError(("model", f"{place.name}: its tokenizer has neither a padding nor an end-of-text token"))
@@ -138,7 +142,8 @@ def load_tokenizer(place: ModelPlace) -> PreTrainedTokenizerBase:
 def model_fingerprint(place: ModelPlace) -> str:
     """What identifies the model's files, cheaply.
 
-    Of the hub: id and commit. Local: names, sizes, config.json, and the first and last MiB of each weights file.
+    Of the hub: id and commit. Local: names, sizes, config.json, and the first and last MiB of each weights file; its
+    code where that may run.
     """
     path = Path(place.path)
     if not place.local:
@@ -150,6 +155,8 @@ def model_fingerprint(place: ModelPlace) -> str:
     config = path / "config.json"
     if config.exists() and not place.gguf_file:
         digest.update(config.read_bytes())
+    for code in sorted(path.rglob("*.py")) if place.trust_remote_code else ():
+        digest.update(code.relative_to(path).as_posix().encode() + hashlib.sha256(code.read_bytes()).digest())
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
@@ -176,11 +183,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _in_package(name: str, field: str) -> Path:
     """The path in an installed package, found without importing it; its last parts may be a glob."""
     package, _, rest = name.removeprefix(PACKAGE).partition("/")
@@ -193,6 +195,8 @@ def _in_package(name: str, field: str) -> Path:
         raise FieldError(
             (field, f"{name!r}: no Python package {package} is installed here; try `pip install {install}`")
         )
+    if rest.startswith("/") or ".." in Path(rest).parts:
+        raise FieldError((field, f"{name!r}: {rest} leads out of the package; give the path itself"))
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     if not roots:
         raise FieldError((field, f"{name!r}: {package} is a single module and holds no files"))

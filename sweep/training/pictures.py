@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sweep.study.errors import FieldError
-from sweep.training.locate import first_line
+from sweep.study.errors import FieldError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

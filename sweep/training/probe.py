@@ -17,6 +17,7 @@ from torch import nn
 from sweep.lora.adapter import linear_modules
 from sweep.lora.optim import moment_count
 from sweep.study.arms import Arm
+from sweep.study.lifeline import die_with_parent
 from sweep.study.records import Cost, Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, find_device, frozen_bytes
 from sweep.training.memory import status_bytes
@@ -37,12 +38,12 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm, warmup: int = WARMUP_STEPS
 
 
 def fresh_process() -> ProcessPoolExecutor:
-    """One process, forked from one that has imported the libraries and done nothing else."""
+    """One process, forked from one that has imported the libraries and done nothing else. It dies with this one."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what this process keeps for later would be missing there
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload([__name__, "transformers.modeling_utils"])
-    return ProcessPoolExecutor(max_workers=1, mp_context=fresh)
+    return ProcessPoolExecutor(max_workers=1, mp_context=fresh, initializer=die_with_parent)
 
 
 def measure(setup: Setup, prepared: Prepared, arm: Arm, warmup: int, steps: int) -> Cost:

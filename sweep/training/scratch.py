@@ -21,12 +21,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sweep.lora.optim import lr_factor
-from sweep.study.errors import FieldError
+from sweep.study.errors import FieldError, first_line
 from sweep.study.records import PretrainSettings, Setup
 from sweep.training.batches import collate, step_rows
 from sweep.training.data import distinct_rows, make_splits, of_classes, row_fingerprint
 from sweep.training.images import PROCESSOR, ImageSplit, image_splits
-from sweep.training.locate import ModelPlace, first_line, locate_model, quiet
+from sweep.training.locate import ModelPlace, locate_model, quiet
 from sweep.training.tasks import IMAGES, Scores, evaluation_batches, model_inputs, score, summarise
 
 RECORD = "pretraining.json"
@@ -39,7 +39,9 @@ def find_base(setup: Setup) -> ModelPlace:
 
     Raises FieldError on `model`, `pretrain.…` or `data.…`.
     """
-    return locate_model(setup.model) if setup.pretrain is None else _pretrained(setup, setup.pretrain)
+    if setup.pretrain is not None:
+        return _pretrained(setup, setup.pretrain)
+    return locate_model(setup.model, setup.trust_remote_code)
 
 
 def pretraining_record(place: ModelPlace) -> dict[str, Any]:

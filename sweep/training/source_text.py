@@ -17,6 +17,7 @@ from sweep.training.locate import ModelPlace, load_tokenizer
 from sweep.training.sources import Row, read_rows
 from sweep.training.tasks import CAUSAL_LM, CLASSIFICATION
 from sweep.training.tokens import Split, choose_rows, tokenise_for_lm, tokenise_texts
+from sweep.training.trust import reading, unusable
 
 TASKS = (CLASSIFICATION, CAUSAL_LM)  # whose models read text
 MASKED_SHARE = 0.15  # of a row's tokens; at least one
@@ -66,12 +67,14 @@ def load_source_text(setup: Setup, place: ModelPlace) -> HeldOutText:
 
 @lru_cache(maxsize=8)
 def has_masked_head(place: ModelPlace) -> bool:
-    """Whether models of its kind predict masked tokens; else they predict the next one."""
+    """Whether models of its kind predict masked tokens; else they predict the next one. Raises FieldError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-    gguf = {"gguf_file": place.gguf_file} if place.gguf_file else {}
-    config = AutoConfig.from_pretrained(place.path, local_files_only=place.local, **gguf)
+    try:
+        config = AutoConfig.from_pretrained(place.path, local_files_only=place.local, **reading(place))
+    except Exception as error:  # transformers raises many kinds; all mean the same to the study
+        raise unusable(place, ": its configuration cannot be read", error) from None
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 

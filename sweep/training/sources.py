@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sweep.study.errors import FieldError
+from sweep.study.errors import FieldError, first_line
 from sweep.study.records import DataSettings
-from sweep.training.locate import DIGITS, first_line, hub_problem, locate_data
+from sweep.training.locate import DIGITS, hub_problem, locate_data
 from sweep.training.pictures import as_picture, class_folders, digits
 
 # {"text", "label"} with the label as text, {"text"}, {"prompt", "completion"}, {"messages"}, or {"image",
@@ -159,7 +159,7 @@ def _json(path: Path) -> list[dict[str, Any]]:
         if part.strip():
             try:
                 rows.append(json.loads(part))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise FieldError(("data.source", f"{path}:{number}: not JSON: {error}")) from None
     rows = rows[0] if is_array else rows
     for i, row in enumerate(rows, 1):

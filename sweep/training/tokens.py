@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sweep.study.errors import FieldError
+from sweep.study.errors import FieldError, first_line
 from sweep.study.records import Truncation
-from sweep.training.locate import first_line, quiet
+from sweep.training.locate import quiet
 from sweep.training.sources import Row
 
 if TYPE_CHECKING:

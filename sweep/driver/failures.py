@@ -1,0 +1,87 @@
+"""What becomes of a pack that ended in an error, and of other work whose worker was lost. No state: who asks, acts."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sweep.driver.interrupts import heed
+from sweep.driver.packing import Pack, halves, name_trials
+from sweep.execution.executor import Executor
+from sweep.study.errors import FieldError, NoWorkers, WorkerLost, in_one_line, is_out_of_memory
+from sweep.study.records import FAILED, INFEASIBLE
+
+LOSSES = 3  # of the worker of one trial; so many are no accident
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Packs to try again, or the state in which the pack's only trial ends; and what to say."""
+
+    message: str
+    again: tuple[Pack, ...] = ()
+    state: str = ""
+    reason: str = ""
+    most: int | None = None  # trials in a pack from now on
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error is no trial's fault and may be over when the command is run again: files, disks, networks."""
+    return isinstance(error, FieldError | NoWorkers) or (isinstance(error, OSError) and error.errno != errno.ENOMEM)
+
+
+def decide(pack: Pack, error: Exception, shared: bool) -> Decision:
+    """What to do about a pack that ended in an error which is not passing.
+
+    shared: other packs may have been in training at the time. Then a trial that found no memory is tried once more
+    without them, before it is said not to fit.
+    """
+    who, why = name_trials(pack), in_one_line(error)
+    if isinstance(error, WorkerLost):
+        return _after_loss(pack, error)
+    if len(pack.slots) > 1:
+        most = max(1, len(pack.slots) // 2) if is_out_of_memory(error) else None
+        return Decision(f"{who} failed together and are tried in halves: {why}", halves(pack), most=most)
+    if is_out_of_memory(error):
+        if shared and not pack.exclusive:
+            return Decision(f"{who} found no memory beside others and waits for them: {why}", (_apart(pack),))
+        return Decision(
+            f"{who} does not fit on this device: {why}", (), INFEASIBLE, f"does not fit on this device ({why})"
+        )
+    return Decision(f"{who} failed: {why}", (), FAILED, why)
+
+
+def call(executor: Executor, doing: str, fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args), run by a worker; where that is lost another takes over, and after three WorkerLost is raised."""
+    reason = ""
+    for _ in range(LOSSES):
+        try:
+            return executor.submit(fn, *args).result()
+        except WorkerLost as error:
+            heed()
+            reason = str(error)
+    raise WorkerLost(f"the worker was lost {LOSSES} times while {doing}: {reason}")
+
+
+def _after_loss(pack: Pack, error: WorkerLost) -> Decision:
+    """Whole once more, for the worker may have been at fault; then in halves, so that one trial takes no other with it.
+
+    The last try of a trial is made without others beside it: the system ends what takes memory, whoever asked last.
+    """
+    who, why = name_trials(pack), " ".join(str(error).split())
+    lost = replace(pack, losses=pack.losses + 1)
+    if len(pack.slots) > 1 and pack.losses:
+        again = tuple(replace(half, losses=1) for half in halves(pack))
+        return Decision(f"the worker of {who} was lost again, and they are tried in halves: {why}", again)
+    if lost.losses < LOSSES:
+        last = len(pack.slots) == 1 and lost.losses == LOSSES - 1
+        again = (_apart(lost) if last else lost,)
+        return Decision(f"the worker of {who} was lost, and another tries again: {why}", again)
+    reason = f"its worker was lost {LOSSES} times: {why}"
+    return Decision(f"{who} failed: {reason}", (), FAILED, reason)
+
+
+def _apart(pack: Pack) -> Pack:
+    return replace(pack, exclusive=True)

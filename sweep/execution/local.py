@@ -1,0 +1,201 @@
+"""Worker processes on this machine. Each loads the base once and lives on; one that dies is replaced.
+
+A pipe and a thread for each, and not a ProcessPoolExecutor: that one waits for ever for the rest of a result when its
+process is killed while it sends, since it holds the sending end of the pipe itself; and it does not tell how a process
+ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from queue import LifoQueue
+from typing import Any
+
+from sweep.execution.worker import answer
+from sweep.study.errors import NoWorkers, WorkerLost
+from sweep.study.lifeline import die_with_parent
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@dataclass
+class Worker:
+    """A place for a process, and the process in it, if there is one."""
+
+    environment: Mapping[str, str]  # set in it before torch is imported
+    process: BaseProcess | None = None
+    connection: Connection | None = None
+
+
+@dataclass
+class Call:
+    """One unit on its way: its request, the worker that runs it, and why it was ended."""
+
+    request: bytes
+    worker: Worker | None = None
+    ended: str | None = None
+
+
+class LocalExecutor:
+    """As many units at once as there are environments, each in a process of its own that has that environment.
+
+    Processes start with their first unit. They are not interrupted by Ctrl-C, may have children, and die with this one.
+    """
+
+    def __init__(self, environments: Sequence[Mapping[str, str]]):
+        self.workers = [Worker(environment) for environment in environments]
+        self.slots = len(self.workers)
+        self._idle: LifoQueue[Worker] = LifoQueue()  # the last one that ran is the next: it has the base
+        for worker in reversed(self.workers):
+            self._idle.put(worker)
+        self._calls: dict[Future[Any], Call] = {}
+        self._lock = threading.Lock()  # over processes: who starts, ends and waits for them
+        self._closed = False
+        atexit.register(self.shutdown)  # a second Ctrl-C may cut the first one's shutdown short
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        """More than `slots` at once wait for a worker. fn and its arguments are pickled here and now."""
+        call = Call(pickle.dumps((fn, args)))
+        future: Future[Any] = Future()
+        with self._lock:
+            self._calls[future] = call
+        future.add_done_callback(self._forget)
+        # A daemon, which the interpreter does not wait for at its end: it may wait for a worker that waits for us.
+        threading.Thread(target=self._run, args=(future, call), name="worker", daemon=True).start()
+        return future
+
+    def end(self, future: Future[Any], reason: str) -> None:
+        with self._lock:
+            call = self._calls.get(future)
+            if call is not None:
+                call.ended = reason
+                _kill(call.worker)
+
+    def shutdown(self) -> None:
+        with self._lock:
+            self._closed = True
+            for worker in self.workers:
+                _kill(worker)
+            running = list(self._calls)
+        for future in running:
+            future.cancel()  # where an interrupt came before its thread did
+        wait(running)
+        for worker in self.workers:
+            _bury(worker)
+        atexit.unregister(self.shutdown)
+
+    def _run(self, future: Future[Any], call: Call) -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(self._answer(call))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _answer(self, call: Call) -> Any:
+        worker = self._idle.get()
+        try:
+            connection = self._begin(worker, call)
+            try:
+                connection.send_bytes(call.request)
+                reply = connection.recv_bytes()
+            except (EOFError, OSError):  # what it sent before is lost with it, were it all but the last byte
+                raise self._lost(worker, call) from None
+            with self._lock:
+                call.worker = None
+        finally:
+            self._idle.put(worker)
+        value, error = pickle.loads(reply)
+        if error is not None:
+            raise error
+        return value
+
+    def _begin(self, worker: Worker, call: Call) -> Connection:
+        """The connection to a living process that from now on runs the call. Raises WorkerLost or NoWorkers."""
+        with self._lock:
+            if self._closed or call.ended is not None:
+                raise WorkerLost(call.ended or "stopped")
+            call.worker = worker
+            if worker.process is None or not worker.process.is_alive():
+                _bury(worker)
+                try:
+                    _start(worker)
+                except OSError as error:
+                    raise NoWorkers(f"no worker process can be started: {error.strerror}") from error
+            assert worker.connection is not None
+            return worker.connection
+
+    def _lost(self, worker: Worker, call: Call) -> WorkerLost:
+        with self._lock:
+            call.worker = None
+            code = _bury(worker)
+            return WorkerLost(call.ended or how_it_ended(code))
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._calls.pop(future, None)
+
+
+def how_it_ended(code: int | None) -> str:
+    """A process's exit code in words."""
+    if code is None or code >= 0:
+        return "its process ended" + (f" with exit code {code}" if code else "")
+    if -code == signal.SIGKILL:
+        return "killed by signal 9, perhaps for want of memory"
+    with suppress(ValueError):
+        return f"killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"killed by signal {-code}"
+
+
+def _start(worker: Worker) -> None:
+    """Raises OSError where the system gives no process."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=_serve, args=(theirs, dict(worker.environment)), name="sweep worker")
+    try:
+        process.start()
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()  # so that nobody but the worker holds it, and its death is seen
+    worker.process, worker.connection = process, ours
+
+
+def _kill(worker: Worker | None) -> None:
+    if worker is not None and worker.process is not None:
+        worker.process.kill()
+
+
+def _bury(worker: Worker) -> int | None:
+    """Wait for the end of a worker that is dying or done with; returns its exit code."""
+    code = None
+    if worker.process is not None:
+        if worker.process.exitcode is None and worker.connection is not None:
+            worker.process.join(1.0)  # its pipe is closed: it ends by itself, in a way that is worth telling
+        worker.process.kill()
+        worker.process.join(5.0)  # one that waits for a disk that is gone does not even die
+        code = worker.process.exitcode
+    if worker.connection is not None:
+        worker.connection.close()
+    worker.process = worker.connection = None
+    return code
+
+
+def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
+    """What a worker does until its driver is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the driver decides
+    die_with_parent()
+    os.environ.update(environment)
+    with suppress(EOFError):
+        while True:
+            connection.send_bytes(answer(connection.recv_bytes()))

@@ -1,0 +1,273 @@
+"""Random faults, one after another, on a study that is taken up after each: nothing may be lost, doubled or left over.
+
+The seed decides which faults come, after how many results, and what they hit; to the millisecond they do not repeat.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sweep.study.home import StudyFolder
+from sweep.tracking.journal import StudyRecord, read_study_record
+
+MARK = "SWEEP_TEST_SOAK"  # in the environment of all that a soak starts, so that survivors are found
+SECONDS_TO_END = 60.0
+
+
+@dataclass
+class Soak:
+    """A study under faults."""
+
+    command: Sequence[str]
+    folder: StudyFolder
+    environment: Mapping[str, str]
+    log: Path
+    random: random.Random
+    acknowledged: dict[tuple[int, int], tuple[float | None, tuple[float, ...]]] = field(default_factory=dict)
+    came: Counter[str] = field(default_factory=Counter)
+    driver: subprocess.Popen[bytes] | None = None
+    cwd: Path | None = None
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with open(self.log, "ab") as log:
+            mark = {MARK: str(self.folder.path)}
+            self.driver = subprocess.Popen(
+                self.command, env={**self.environment, **mark}, cwd=self.cwd, stdout=log, stderr=log
+            )
+        return self.driver
+
+    def kill_survivors(self) -> None:
+        for pid in self.survivors():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> int:
+        assert self.driver is not None
+        code = self.driver.wait(SECONDS_TO_END)
+        self.driver = None
+        return code
+
+    def survivors(self) -> list[int]:
+        """Every process that this soak started and that still lives."""
+        mark, found = f"{MARK}={self.folder.path}".encode(), []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                alive = b"\nState:\tZ" not in place.joinpath("status").read_bytes()
+                if alive and mark in place.joinpath("environ").read_bytes().split(b"\0"):
+                    found.append(int(place.name))
+            except OSError:
+                continue
+        return sorted(found)
+
+    def workers(self) -> list[int]:
+        """Those that the driver started."""
+        assert self.driver is not None
+        return [pid for pid in self.survivors() if pid != self.driver.pid]
+
+    def results(self) -> int:
+        """Acknowledged results, counted cheaply."""
+        journals = self.folder.trials.glob("*/journal.jsonl")
+        return sum(path.read_bytes().count(b'"event": "rung"') for path in journals)
+
+    def check(self) -> StudyRecord:
+        """What was acknowledged once is there still, and once."""
+        record = read_study_record(self.folder)
+        found = [
+            ((t.spec.number, r.measurement.stop), (r.measurement.eval_loss, r.measurement.train_loss))
+            for t in record.trials
+            for r in t.rungs
+        ]
+        counts = Counter(key for key, _ in found)
+        assert max(counts.values(), default=1) == 1, f"counted twice: {counts.most_common(3)}"
+        missing = self.acknowledged.items() - dict(found).items()
+        assert not missing, f"lost or changed: {sorted(missing)[:3]}"
+        self.acknowledged.update(found)
+        return record
+
+    def wait_gone(self) -> None:
+        """Once the driver has ended nothing that it started lives on."""
+        deadline = time.monotonic() + 10
+        while left := self.survivors():
+            assert time.monotonic() < deadline, f"left running: {left}"
+            time.sleep(0.02)
+
+
+Fault = Callable[[Soak], None]
+
+
+def driver_is_killed(soak: Soak) -> None:
+    _signal(soak, signal.SIGKILL, -signal.SIGKILL)
+
+
+def driver_is_asked_to_end(soak: Soak) -> None:
+    _signal(soak, signal.SIGTERM, 130)
+
+
+def ctrl_c(soak: Soak) -> None:
+    _signal(soak, signal.SIGINT, 130)
+
+
+def a_worker_is_killed(soak: Soak) -> None:
+    _kill(soak.workers(), soak.random, signal.SIGKILL)
+
+
+def all_workers_are_killed(soak: Soak) -> None:
+    for pid in soak.workers():
+        _kill([pid], soak.random, signal.SIGKILL)
+
+
+def a_worker_stands_still_for_a_while(soak: Soak) -> None:
+    stopped = _kill(soak.workers(), soak.random, signal.SIGSTOP)
+    time.sleep(soak.random.uniform(0, 0.3))
+    _kill(stopped, soak.random, signal.SIGCONT)
+
+
+def a_second_driver_comes(soak: Soak) -> None:
+    with open(soak.log, "ab") as log:
+        mark = {MARK: str(soak.folder.path)}
+        second = subprocess.Popen(soak.command, env={**soak.environment, **mark}, cwd=soak.cwd, stdout=log, stderr=log)
+    assert second.wait(SECONDS_TO_END) in (0, 1)  # 0: the first had just finished
+
+
+def a_checkpoint_is_cut_short(soak: Soak) -> None:
+    _resting(soak)
+    path = _some_checkpoint_file(soak)
+    if path:
+        os.truncate(path, soak.random.randrange(max(1, path.stat().st_size)))
+
+
+def a_byte_of_a_checkpoint_flips(soak: Soak) -> None:
+    _resting(soak)
+    path = _some_checkpoint_file(soak)
+    if path:
+        content = bytearray(path.read_bytes())
+        content[soak.random.randrange(len(content))] ^= 1 << soak.random.randrange(8)
+        path.write_bytes(content)
+
+
+def a_checkpoint_is_gone(soak: Soak) -> None:
+    _resting(soak)
+    path = _some_checkpoint_file(soak)
+    if path:
+        shutil.rmtree(path.parent)
+
+
+def a_journal_ends_in_half_a_line(soak: Soak) -> None:
+    _resting(soak)
+    journals = sorted(soak.folder.path.glob("**/journal.jsonl"))
+    with open(soak.random.choice(journals), "ab") as journal:
+        journal.write(b'{"event": "rung", "time": 17')
+
+
+def the_search_is_gone(soak: Soak) -> None:
+    """Optuna's storage is not the truth about measurements: it is made again from the journals."""
+    _resting(soak)
+    for path in soak.folder.path.parent.parent.glob("optuna.db*"):
+        path.unlink()
+
+
+def the_disk_is_full(soak: Soak) -> None:
+    """Where the home is a small file system of its own."""
+    ballast = soak.folder.path.parent / "ballast"
+    try:
+        with open(ballast, "wb", buffering=0) as file:
+            for size in (2**20, 2**12, 1):
+                while True:
+                    try:
+                        file.write(bytes(size))
+                    except OSError:
+                        break
+        assert soak.driver is not None
+        try:
+            code = soak.driver.wait(SECONDS_TO_END)
+        finally:
+            ballast.unlink()
+    except OSError:
+        return
+    assert code in (0, 1), code
+    soak.driver = None
+
+
+FAULTS: tuple[Fault, ...] = (
+    driver_is_killed,
+    driver_is_asked_to_end,
+    ctrl_c,
+    a_worker_is_killed,
+    all_workers_are_killed,
+    a_worker_stands_still_for_a_while,
+    a_second_driver_comes,
+    a_checkpoint_is_cut_short,
+    a_byte_of_a_checkpoint_flips,
+    a_checkpoint_is_gone,
+    a_journal_ends_in_half_a_line,
+    the_search_is_gone,
+)
+
+
+def soak_through(soak: Soak, faults: Sequence[Fault], at_most: int, results_between: int) -> StudyRecord:
+    """Run the study to its end with at most so many faults on the way; returns its record. Raises AssertionError."""
+    while True:
+        if soak.driver is None:
+            soak.start()
+        assert soak.driver is not None
+        wanted = soak.results() + soak.random.randint(0, results_between)
+        fault = soak.random.choice(faults)
+        deadline = time.monotonic() + 10 * SECONDS_TO_END
+        while soak.driver.poll() is None and (soak.results() < wanted or soak.came.total() >= at_most):
+            assert time.monotonic() < deadline, "no result came"
+            time.sleep(0.005)
+        if soak.driver.poll() is None:
+            time.sleep(soak.random.uniform(0, 0.05))
+            fault(soak)
+            soak.came[fault.__name__] += 1
+            soak.check()
+        if soak.driver is not None and soak.driver.poll() is not None:
+            code = soak.end()
+            soak.wait_gone()
+            record = soak.check()
+            if code == 0:
+                assert record.finished_at is not None
+                return record
+            assert code in (1, 130), f"exit {code}"
+        elif soak.driver is None:
+            soak.wait_gone()
+
+
+def _signal(soak: Soak, number: signal.Signals, code: int) -> None:
+    """Send the driver a signal and see how it ends; it may have been done already."""
+    assert soak.driver is not None
+    soak.driver.send_signal(number)
+    found = soak.driver.wait(SECONDS_TO_END)
+    assert found in (code, -number, 0, 1), f"{number.name}: exit {found}"
+    soak.driver = None
+
+
+def _resting(soak: Soak) -> None:
+    driver_is_killed(soak)
+    soak.wait_gone()
+
+
+def _kill(pids: Sequence[int], rng: random.Random, number: signal.Signals) -> list[int]:
+    """Send one of the processes a signal; returns it, or none where it ended meanwhile."""
+    for pid in rng.sample(list(pids), min(1, len(pids))):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return []
+        return [pid]
+    return []
+
+
+def _some_checkpoint_file(soak: Soak) -> Path | None:
+    files = sorted(p for p in soak.folder.trials.glob("*/checkpoints/[0-9]*/*") if p.is_file() and p.stat().st_size)
+    return soak.random.choice(files) if files else None
