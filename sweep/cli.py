@@ -237,11 +237,9 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
             _say(f"study {study.name} is complete: nothing to do")
         analyses.analyse(study, folder, home.cache, _say)
         places = publishing.publish(study, folder, projector, home.cache)
-    except Busy as error:
-        raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
-    except (StorageError, NoWorkers, WorkerLost) as error:
+    except (Busy, StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
         workers.shutdown()  # at once: nobody waits for what they do

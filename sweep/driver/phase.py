@@ -21,7 +21,6 @@ from sweep.driver.session import Session, ask, can_ask, end, settle
 from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
 
-
 LOOK_FOR_WORKERS_EVERY = 5.0  # seconds, while packs wait
 
 
