@@ -115,13 +115,14 @@ def test_nodes_without_this_lora_sweep_are_told_of_before_patience_is_lost(
 ) -> None:
     package = tmp_path / "there" / "sweep"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text('__version__ = "0.0.1"')
+    missing = "raise ModuleNotFoundError(\"No module named 'sweep'\")"
+    (package / "__init__.py").write_text('__version__ = "0.0.1"' if theirs == "another" else missing)
     if theirs == "another":
         for room in ("execution", "study"):
             (package / room).symlink_to(Path(sweep.__file__).with_name(room))
     node = nodes.add(1, gpus=1, PYTHONPATH=str(package.parent))
     said = driver(nodes.address, '{"gpus": 1.0}', cwd=tmp_path, **clusters.JOINED)
-    why = "lora-sweep 0.0.1, not" if theirs == "another" else "ModuleNotFoundError: No module named 'sweep.execution'"
+    why = "lora-sweep 0.0.1, not" if theirs == "another" else "ModuleNotFoundError: No module named 'sweep'"
     assert said.splitlines()[1].startswith(
         f"NoWorkers: no worker starts on the nodes of the Ray cluster ({why}"
     ) and said.endswith(

@@ -209,7 +209,7 @@ class RayExecutor:
             return
         reason = f"lora-sweep {done.result()}, not {__version__}" if error is None else last_line(error)
         times = 1 + (self._troubles[node.id].times if node.id in self._troubles else 0)
-        self._troubles[node.id] = Trouble(reason, times, self._now + 2**times)
+        self._troubles[node.id] = Trouble(reason, times, self._now + times)
         self._drop(worker)
 
     def _take_in(self, request: bytes, future: Future[Any]) -> None:
