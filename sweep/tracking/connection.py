@@ -80,7 +80,7 @@ def _make_database(url: URL, artifacts: str | None) -> None:
 
 
 def database_url(uri: str) -> URL:
-    """The parts of a database's URL. Raises ValueError, in words of our own: SQLAlchemy's may quote a password's end."""
+    """The parts of a database's URL. Raises ValueError in our own words: SQLAlchemy's may quote a password."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
 
