@@ -21,8 +21,12 @@ ENVIRONMENT = {
 }
 os.environ.update(ENVIRONMENT)
 # A node that stops answering is dead after 2 s and not after 15.
-HASTY = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
-         "health_check_failure_threshold": 3}
+HASTY = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 3,
+}
 OWN = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
 
 
