@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -31,7 +32,8 @@ from sweep.arguments import (
 from sweep.comparing import commands as comparing_commands
 from sweep.execution.choose import ExecutorName, open_executor
 from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
-from sweep.study.errors import FieldError
+from sweep.study.credentials import without_credentials
+from sweep.study.errors import FieldError, first_line
 from sweep.study.home import Home, StudyFolder, find_home
 
 if TYPE_CHECKING:
@@ -60,10 +62,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if os.environ.get("SWEEP_DEBUG"):
-            raise
         lines, code = _explain(error)
-        print("\n".join(lines), file=sys.stderr)
+        if os.environ.get("SWEEP_DEBUG"):
+            lines = traceback.format_exc().splitlines()
+        _complain("\n".join(lines))
         sys.exit(code)
 
 
@@ -324,7 +326,6 @@ def _need_writable(home: Home) -> None:
 def _explain(error: Exception) -> tuple[Sequence[str], int]:
     """What to print for an error, and the exit code."""
     from sweep.study.file import StudyError
-    from sweep.tracking.connection import without_credentials
 
     if isinstance(error, Refused):
         return error.lines, error.code
@@ -332,17 +333,15 @@ def _explain(error: Exception) -> tuple[Sequence[str], int]:
         return error.lines(), USAGE
     if isinstance(error, FieldError):
         return [f"{field}: {message}" for field, message in error.problems], USAGE
-    text = str(error).strip().splitlines()
-    reason = without_credentials(text[0]) if text else type(error).__name__
-    return [f"error: {reason}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
+    return [f"error: {first_line(error)}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
 
 
 def _say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _complain(text: str) -> None:
+    print(without_credentials(text), file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

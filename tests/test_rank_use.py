@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 from sweep import analyses
+from sweep.adapters.kept import read_kept
 from sweep.adapters.merge import merged_weight
 from sweep.adapters.rank_use import RankUseError, measure_rank_use
 from sweep.adapters.updates import matrix_of, parts_of, truncated
@@ -46,7 +47,6 @@ from sweep.tracking.journal import (
 )
 from sweep.training.base import load_base
 from sweep.training.batches import collate
-from sweep.training.checkpoint import load_weights
 from sweep.training.locate import load_tokenizer, locate_model
 from sweep.training.prepare import prepare
 from sweep.training.rung import located, tokenised, train_rung
@@ -118,9 +118,7 @@ def trial_of(record: StudyRecord, arm: str, seed: int) -> TrialRecord:
 
 
 def weights_of(record: StudyRecord, arm: str, seed: int) -> dict[str, torch.Tensor]:
-    trial = trial_of(record, arm, seed)
-    assert trial.last is not None
-    return load_weights(Path(trial.spec.folder) / trial.last.checkpoint)
+    return read_kept(trial_of(record, arm, seed))
 
 
 def base_model(made: Made) -> nn.Module:

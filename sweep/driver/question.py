@@ -73,7 +73,7 @@ def refuse_other_question(study: Study, folder: StudyFolder) -> None:
 
 
 def write_question(study: Study, folder: StudyFolder) -> None:
-    """Put the study file into the folder, whole or not at all."""
+    """Put the study file into the folder, whole or not at all, without passwords."""
     half = folder.study_file.with_suffix(".tmp")
     with open(half, "w", encoding="utf-8") as file:
         file.write(dump_study(study))

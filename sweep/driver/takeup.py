@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial
 
-from sweep.driver.checkpoints import remove_half_written, tidy_checkpoints
+from sweep.driver.checkpoints import tidy_checkpoints
 from sweep.driver.failures import call
 from sweep.driver.interrupts import uninterrupted
 from sweep.driver.patience import StorageError
@@ -18,7 +18,7 @@ from sweep.driver.storage import Ledger, create_trial, list_trials, report, tell
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.study.errors import FieldError
-from sweep.study.records import SEARCH, Prepared, Setup, TrialSpec
+from sweep.study.records import SEARCH, Prepared, Setup
 from sweep.tracking.journal import TrialRecord
 
 
@@ -88,11 +88,9 @@ def take_up(session: Session) -> None:
         if trial.state.is_finished():
             warn(session, f"trial {trial.number} has no journal any more: {slot} is trained again as a new trial")
         elif slot not in session.records:  # killed between the trial and its journal
-            attrs, folder = trial.user_attrs, str(session.folder.trial(trial.number))
-            spec = TrialSpec(
-                trial.number, arms[attrs["arm"]], trial.params[RATE], attrs["seed"], attrs["phase"], folder
-            )
-            start_record(session, slot, spec)
+            attrs = trial.user_attrs
+            arm, rate, seed, phase = arms[attrs["arm"]], trial.params[RATE], attrs["seed"], attrs["phase"]
+            start_record(session, slot, trial.number, arm, rate, seed, phase)
     by_number = {trial.number: trial for trial in trials}
     for slot in list(session.records):
         _take_up_trial(session, slot, by_number)
@@ -110,7 +108,6 @@ def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial
             loss = record.last.eval_loss if record.last else None
             tell(session.ledger, trial.number, record.state, loss, record.reason)
     end_if_over(session, slot)
-    remove_half_written(session.folder.trial(trial.number))
     tidy_checkpoints(session.records[slot])
 
 

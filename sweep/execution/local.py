@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import pickle  # noqa: TID251 (between this process and those it started; never from a file)
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +116,7 @@ class LocalExecutor:
                 call.worker = None
         finally:
             self._idle.put(worker)
-        value, error = pickle.loads(reply)  # noqa: S301 (from its own worker)
+        value, error = pickle.loads(reply)
         if error is not None:
             raise error
         return value

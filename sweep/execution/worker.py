@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import pickle  # noqa: TID251 (between a driver and the processes it started; never from a file)
+import pickle
 import sys
 import traceback
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
 def answer(request: bytes) -> bytes:
     """Run a pickled (function, arguments) in a worker; returns (its value, None) or (None, what it raised), pickled."""
     try:
-        fn, args = pickle.loads(request)  # noqa: S301 (from its own driver)
+        fn, args = pickle.loads(request)
         reply = pickle.dumps((fn(*args), None))
     except BaseException as error:  # a worker lives on, whatever a unit does
         error.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))
@@ -77,7 +77,7 @@ def as_sent(error: BaseException) -> Exception:
     """
     if isinstance(error, Exception) and type(error).__module__.split(".")[0] != "torch":
         with suppress(Exception):  # whatever its own pickling does
-            if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301 (made here)
+            if type(pickle.loads(pickle.dumps(error))) is type(error):
                 return error
     return RuntimeError(in_one_line(error))
 
