@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -31,6 +32,7 @@ from sweep.arguments import (
 from sweep.comparing import commands as comparing_commands
 from sweep.execution.choose import ExecutorName, open_executor
 from sweep.exits import FAILED, INTERRUPTED, Refused, explain
+from sweep.study.credentials import without_credentials
 from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
 
@@ -60,10 +62,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if os.environ.get("SWEEP_DEBUG"):
-            raise
         lines, code = explain(error)
-        print("\n".join(lines), file=sys.stderr)
+        if os.environ.get("SWEEP_DEBUG"):
+            lines = traceback.format_exc().splitlines()
+        _complain("\n".join(lines))
         sys.exit(code)
 
 
@@ -328,8 +330,8 @@ def _say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _complain(text: str) -> None:
+    print(without_credentials(text), file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sweep.study.errors import Damaged, FieldError
+from sweep.study.errors import Damaged, FieldError, first_line
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -20,7 +20,6 @@ class Refused(Exception):
 def explain(error: Exception) -> tuple[Sequence[str], int]:
     """What to print for an error, and the exit code."""
     from sweep.study.file import StudyError
-    from sweep.tracking.connection import without_credentials
     from sweep.tracking.lines import JournalError
     from sweep.tracking.remote import PlaceError
 
@@ -30,8 +29,6 @@ def explain(error: Exception) -> tuple[Sequence[str], int]:
         return error.lines(), USAGE
     if isinstance(error, FieldError):
         return [f"{field}: {message}" for field, message in error.problems], USAGE
-    text = str(error).strip().splitlines()
-    reason = without_credentials(text[0]) if text else type(error).__name__
     if isinstance(error, Damaged | JournalError | PlaceError):
-        return [reason], FAILED
-    return [f"error: {reason}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
+        return [first_line(error)], FAILED
+    return [f"error: {first_line(error)}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED

@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 
 import sweep.driver.driver as driver_module
 import sweep.tracking.journal as journal_module
+from sweep.driver import beginning, session
 from sweep.driver.driver import StorageError
 from sweep.study.home import Home, StudyFolder
 from sweep.study.records import COMPLETE, PRUNED, Measurement, Unit
@@ -83,7 +84,7 @@ def run_with_kill(
             real_append(path, event, **values)
 
         real_append = journal_module.append
-        for module in (journal_module, driver_module, sys.modules["sweep.driver.session"]):
+        for module in (journal_module, driver_module, beginning, session):
             patch.setattr(module, "append", append)
         if not torn:
             for name in (
@@ -100,7 +101,7 @@ def run_with_kill(
             work = fake_work(fakes.train_rung)
         else:
             work = fake_work()
-        patch.setattr(driver_module, "open_storage", lambda url: storage)
+        patch.setattr(beginning, "open_storage", lambda patience: storage)
         run(home, study, work)
 
 

@@ -180,6 +180,8 @@ def read_adapter(folder: Path) -> PeftAdapter:
             _refuse(folder, CONFIG, f"r: {ranks[module]} for {module}, whose tensors have rank {found}")
     base_model = config.base_model_name_or_path or None
     own_base = folder / BASE
+    for path in sorted(own_base.rglob("*")):  # it is copied with the adapter, and links would be followed
+        _inside(folder, path.relative_to(folder).as_posix())
     return PeftAdapter(
         method=method,
         ranks=ranks,
@@ -274,7 +276,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         found = json.loads(_inside(folder, name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         _refuse(folder, name, "there is no such file; an adapter is a folder that PEFT or `sweep export` wrote")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _refuse(folder, name, f"is not JSON: {error}")
     if not isinstance(found, dict):
         _refuse(folder, name, "is not a JSON object")
@@ -296,7 +298,7 @@ def _inside(folder: Path, name: str) -> Path:
     """The file, which lies in the folder itself, or where the hub's cache keeps the folder's files."""
     path, home = (folder / name).resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"
-    if path.parent != home and not (home.parent.name == "snapshots" and path.parent == blobs):
+    if not path.is_relative_to(home) and not (home.parent.name == "snapshots" and path.parent == blobs):
         _refuse(folder, name, f"leads out of the folder, to {path}")
     return path
 

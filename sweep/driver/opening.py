@@ -10,11 +10,12 @@ from typing import Any
 import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import NoSuchModuleError
 
 from sweep.driver.interrupts import sleep, uninterrupted
 from sweep.driver.patience import (
+    UNREADABLE,
     Patience,
     StorageError,
     Trouble,
@@ -26,7 +27,9 @@ from sweep.driver.patience import (
 )
 from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.storage import Ledger, distributions
+from sweep.study.credentials import CUT
 from sweep.study.schema import Study
+from sweep.tracking.connection import database_url
 
 HASH, OWNER = "question_sha256", "started"  # the study's own attributes in Optuna
 EXTRA = "pip install 'lora-sweep[postgres]'"
@@ -45,9 +48,14 @@ LIBPQ = {
 def open_storage(patience: Patience) -> BaseStorage:
     """Open a storage by its Optuna URL. Raises StorageError."""
     url = patience.url
+    if CUT in url:  # as the home keeps it
+        raise StorageError(
+            f"{patience.shown} wants its password, which the home does not keep: run the study by its file, "
+            "or set SWEEP_STORAGE"
+        )
     try:
-        options: dict[str, Any] = {"connect_args": _connect_args(make_url(url), patience.seconds)}
-    except ArgumentError as error:
+        options: dict[str, Any] = {"connect_args": _connect_args(database_url(url), patience.seconds)}
+    except ValueError as error:
         raise _cannot_open(patience, error) from None
     # A server may have restarted since the last trial.
     options["pool_pre_ping"] = not url.startswith("sqlite")
@@ -56,7 +64,7 @@ def open_storage(patience: Patience) -> BaseStorage:
         try:
             backend = _open_backend(url, options)
         except Exception as error:
-            if find_cause(error) is None:
+            if find_cause(error) is None and not isinstance(error, UNREADABLE):
                 raise _cannot_open(patience, error) from None
             raise
         raise_at_once(backend.engine)
@@ -94,7 +102,7 @@ def _connect_args(url: URL, seconds: float) -> dict[str, Any]:
 def _cannot_open(patience: Patience, error: Exception) -> StorageError:
     reason = without_password(str(error), patience.url) or type(error).__name__
     if isinstance(error, ImportError | NoSuchModuleError):
-        driver = make_url(patience.url).drivername
+        driver = database_url(patience.url).drivername
         ours = driver in ("postgresql", "postgresql+psycopg")
         reason = "a package is missing: " + (
             "pip install 'lora-sweep[postgres]'" if ours else f"SQLAlchemy's for {driver}"

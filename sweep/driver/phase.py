@@ -226,9 +226,8 @@ def _no_room(phase: Phase, slot: Slot) -> str | None:
         call(session.executor, f"probing {key}", session.work.probe, session.setup, phase.prepared, slot.arm)
     except Exception as error:
         heed()
-        return (
-            f"does not fit on this device ({why_not(error)})" if is_out_of_memory(error) or was_killed(error) else None
-        )
+        if is_out_of_memory(error) or was_killed(error):
+            return f"does not fit on this device ({why_not(error)})"
     return None
 
 

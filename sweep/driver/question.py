@@ -75,7 +75,7 @@ def refuse_other_question(study: Study, folder: StudyFolder) -> None:
 
 
 def write_question(study: Study, folder: StudyFolder) -> None:
-    """Put the study file into the folder, whole or not at all."""
+    """Put the study file into the folder, whole or not at all, without passwords."""
     keep_study(folder.study_file, study)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ from sweep.study.arms import Arm
 from sweep.study.home import StudyFolder
 from sweep.study.records import COMPLETE, DIVERGED, INFEASIBLE, Measurement, Setup, TrialSpec
 from sweep.study.schema import Range, Study
+from sweep.tracking.clock import now
 from sweep.tracking.journal import Rung, TrialRecord, append, append_asked, append_end, append_rung
 
 
@@ -102,7 +102,7 @@ def start_record(session: Session, slot: str, number: int, arm: Arm, rate: float
     folder, place = str(session.folder.trial(number)), f"{session.place}/{number}" if session.place else ""
     spec = TrialSpec(number, arm, rate, seed, phase, folder, place)
     append_asked(spec)
-    session.records[slot] = TrialRecord(spec, time.time())
+    session.records[slot] = TrialRecord(spec, now())
 
 
 @uninterrupted()
@@ -110,7 +110,7 @@ def settle(session: Session, slot: str, measurement: Measurement) -> None:
     """Take up what a rung found for one trial."""
     record = session.records[slot]
     append_rung(record.spec, measurement)
-    record = replace(record, rungs=(*record.rungs, Rung(time.time(), measurement)))
+    record = replace(record, rungs=(*record.rungs, Rung(now(), measurement)))
     session.records[slot] = record
     session.learn(record)
     count_rung(session.tally, record, measurement)
@@ -137,7 +137,7 @@ def end(session: Session, slot: str, state: str, reason: str = "") -> None:
     """End a trial."""
     record = session.records[slot]
     append_end(record.spec, state, reason)
-    record = replace(record, state=state, reason=reason, ended_at=time.time())
+    record = replace(record, state=state, reason=reason, ended_at=now())
     session.records[slot] = record
     session.learn(record)
     session.tally.ends[state] += 1

@@ -14,11 +14,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sweep.study.checks import cross_checks
+from sweep.study.credentials import kept_address, without_credentials
 from sweep.study.domains import domain_checks
+from sweep.study.plain_yaml import NotPlain, parse, read_bounded
 from sweep.study.schema import Study
 
 FieldPath = tuple[str | int, ...]
 ON_COMMAND_LINE = 0  # the "line" of a value that `--set` gave
+MOST_LINES, LONGEST_LINE = 40, 4000  # of an error
 # Where a study runs and keeps its files may change while it runs; rank_use and published look at what has been trained.
 NOT_ASKED = ("storage", "resources", "checkpoints", "rank_use", "published")
 
@@ -38,7 +41,9 @@ class StudyError(ValueError):
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:
-        return [f"{self._place(p.line)}: {f'{p.field}: ' if p.field else ''}{p.message}" for p in self.problems]
+        shown = [f"{self._place(p.line)}: {f'{p.field}: ' if p.field else ''}{p.message}" for p in self.problems]
+        more = [f"… and {len(shown) - MOST_LINES} problems more"] if len(shown) > MOST_LINES else []
+        return [*(without_credentials(line)[:LONGEST_LINE] for line in shown[:MOST_LINES]), *more]
 
     def _place(self, line: int | None) -> str:
         if line == ON_COMMAND_LINE:
@@ -64,16 +69,11 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
     Raises StudyError with every problem found.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        root, raw = parse(read_bounded(path))
+    except NotPlain as error:
+        raise StudyError([Problem("", str(error), error.line)], path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError([Problem("", f"cannot be read: {getattr(error, 'strerror', None) or error}")], path) from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error)
-        raise StudyError([Problem("", f"not YAML: {reason}", mark.line + 1 if mark else None)], path) from None
     if not isinstance(raw, dict):
         raise StudyError([Problem("", "must be a mapping with name, model, task, data, arms, …", 1)], path)
 
@@ -113,13 +113,26 @@ def validate(raw: dict[str, Any], line_of: Mapping[FieldPath, int]) -> tuple[Stu
 
 
 def dump_study(study: Study) -> str:
-    """The study as YAML with every default written out: what a later run is held against."""
-    return yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
+    """The study as YAML with every default written out: what a later run is held against. No address in it has a
+    password."""
+    return _dump(study.model_dump())
 
 
 def dump_question(study: Study) -> str:
     """The part of it that a study must not change once it has run; see NOT_ASKED."""
-    return yaml.safe_dump(study.model_dump(exclude=set(NOT_ASKED)), sort_keys=False, allow_unicode=True)
+    return _dump(study.model_dump(exclude=set(NOT_ASKED)))
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(_kept(values), sort_keys=False, allow_unicode=True)
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _kept(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_kept(below) for below in value]
+    return kept_address(value) if isinstance(value, str) and "://" in value else value
 
 
 def dotted(study: Study) -> dict[str, Any]:
@@ -179,9 +192,10 @@ def _apply_override(raw: dict[str, Any], override: str, line_of: dict[FieldPath,
     if not equals or not all(field):
         return Problem("", f"{override!r} is not of the form dotted.key=value", ON_COMMAND_LINE)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return Problem(name, f"{text!r} is not YAML", ON_COMMAND_LINE)
+        _, value = parse(text)
+    except NotPlain as error:
+        reason = str(error).removeprefix("not YAML: ")
+        return Problem(name, f"{text[:80]!r} is not YAML: {reason}", ON_COMMAND_LINE)
     at: dict[str, Any] = raw
     for key in field[:-1]:
         below = at.setdefault(key, {})
@@ -217,7 +231,7 @@ def _message(details: Mapping[str, Any], field: FieldPath) -> str:
     if kind == "missing":
         return "missing"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"must hold keys of its own, not {value!r}"
+        return f"must hold keys of its own, not {value!r:.200}"
     if kind in ("float_type", "int_type", "bool_type", "list_type", "wrong_shape") and isinstance(value, str):
         try:
             number = float(value)
@@ -230,7 +244,7 @@ def _message(details: Mapping[str, Any], field: FieldPath) -> str:
     if kind == "string_pattern_mismatch":
         return f"{value!r}: use lower-case letters, digits and dashes only"
     message = str(details["msg"])
-    return f"{message[0].lower()}{message[1:]}, not {value!r}"
+    return f"{message[0].lower()}{message[1:]}, not {value!r:.200}"
 
 
 def _unknown_key(field: FieldPath) -> str:

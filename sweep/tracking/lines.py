@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from sweep.tracking.clock import now
 
 _LINE = re.compile(rb'(\{.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
 _EVENT = re.compile(rb'\{"event": "(\w+)"')
@@ -29,20 +30,20 @@ def append(path: Path, event: str, **values: Any) -> float:
 
     Raises OSError when it cannot be written (disk full, read-only).
     """
-    now = time.time()
+    at = now()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "ab+", buffering=0) as file:
             is_new = file.seek(0, os.SEEK_END) == 0
             _cut_torn_line(path, file)
-            _write(file, as_line({"event": event, "time": now, **values}))
+            _write(file, as_line({"event": event, "time": at, **values}))
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     if is_new:
         for folder in (path.parent, path.parent.parent):
             _sync_folder(folder)
-    return now
+    return at
 
 
 def as_line(event: dict[str, Any]) -> bytes:

@@ -159,7 +159,7 @@ def _json(path: Path) -> list[dict[str, Any]]:
         if part.strip():
             try:
                 rows.append(json.loads(part))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise FieldError(("data.source", f"{path}:{number}: not JSON: {error}")) from None
     rows = rows[0] if is_array else rows
     for i, row in enumerate(rows, 1):

@@ -78,6 +78,6 @@ def _refuse_pickle(place: ModelPlace) -> None:
 def _named_weights(config: Path) -> str:
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # transformers says so
+    except (OSError, ValueError, RecursionError):  # transformers says so
         return ""
     return str(found.get(NAMED_WEIGHTS, "")) if isinstance(found, dict) else ""
