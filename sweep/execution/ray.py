@@ -103,9 +103,7 @@ class RayExecutor:
             self.shutdown()
             raise
         finally:
-            if (
-                threading.current_thread() is threading.main_thread()
-            ):  # Ray's C++ part puts a printer of stacks before it
+            if threading.current_thread() is threading.main_thread():  # Ray puts a printer of stacks before it
                 signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
