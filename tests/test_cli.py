@@ -132,8 +132,10 @@ def test_an_unexpected_error_is_one_line_unless_debugged(
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: the sky fell\nset SWEEP_DEBUG=1 for the trace-back\n"
     monkeypatch.setenv("SWEEP_DEBUG", "1")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit) as ended:
         cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("Traceback") and said.endswith("the sky fell\nand more\n")
 
 
 def test_a_refusal_keeps_its_lines_and_code(

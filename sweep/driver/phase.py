@@ -9,15 +9,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sweep.driver.failures import call, decide, is_passing
+from sweep.driver.failures import Decision, call, decide, is_passing
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group
 from sweep.driver.interrupts import heed
 from sweep.driver.packing import Pack, Ready, at_most, name_trials, plan_packs
 from sweep.driver.patience import StorageError
 from sweep.driver.plan import Slot
 from sweep.driver.pricing import allowed_seconds
+from sweep.driver.rebuild import set_apart, take_rebuilt
 from sweep.driver.session import Session, ask, can_ask, end, settle
-from sweep.study.errors import in_one_line, is_out_of_memory, was_killed
+from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
 
 
@@ -120,13 +121,13 @@ def _submit(phase: Phase, pack: Pack) -> Future[Any]:
     session = phase.session
     records = [ask(session, slot) for slot in pack.slots]
     trials, last = tuple(record.spec for record in records), [record.last for record in records]
-    checkpoints = tuple(rung.saved for rung in last if rung is not None and rung.saved is not None)
+    saved = tuple(rung.saved for rung in last if rung is not None and rung.saved is not None) if pack.start else ()
     tally = session.tally
     tally.session_start = tally.session_start or time.monotonic()
     tally.running += len(trials)
     session.say(f"training {name_trials(pack)} from step {pack.start} to {pack.stop}")
     tested = _is_tested(session, pack)
-    unit = Unit(session.setup, phase.prepared, trials, pack.start, pack.stop, tested, checkpoints)
+    unit = Unit(session.setup, phase.prepared, trials, pack.start, pack.stop, tested, saved)
     return session.executor.submit(session.work.train_rung, unit)
 
 
@@ -162,16 +163,16 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
     session.tally.running -= len(pack.slots)
     if error is not None and not isinstance(error, Exception):
         raise error  # an interrupt that reached the worker
-    if error is None:
+    if error is None and pack.rebuild is None:
         for slot, measurement in zip(pack.slots, future.result(), strict=True):
             settle(session, slot.name, measurement)
         message = f"{name_trials(pack)} reached step {pack.stop}"
-    elif is_passing(error):
+    elif error is not None and is_passing(error):
         phase.trouble = error
         session.say(f"{name_trials(pack)} cannot go on: {in_one_line(error)}")
         return
     else:
-        decision = decide(pack, error, shared=phase.slots > 1)
+        decision = _decide(phase, pack, future)
         message = decision.message
         if decision.most is not None:
             phase.pack_size = min(phase.pack_size, decision.most)
@@ -184,6 +185,16 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
     for slot in pack.slots:
         _leave_rung(phase, slot)
     session.say(message)
+
+
+def _decide(phase: Phase, pack: Pack, future: Future[Any]) -> Decision:
+    session, error = phase.session, future.exception()
+    if error is None:
+        return take_rebuilt(session, phase.prepared, pack, future.result()[0])
+    if isinstance(error, Damaged):
+        return set_apart(pack, error, session.records)
+    assert isinstance(error, Exception)
+    return decide(pack, error, shared=phase.slots > 1)
 
 
 def _spare_unfit(phase: Phase, pack: Pack) -> tuple[Pack, list[Slot]]:

