@@ -27,9 +27,11 @@ from sweep.arguments import (
     is_file_name,
     list_studies,
     name_of,
+    need_writable,
     ran,
 )
 from sweep.comparing import commands as comparing_commands
+from sweep.dashboard import commands as dashboard_commands
 from sweep.execution.choose import ExecutorName, open_executor
 from sweep.exits import FAILED, INTERRUPTED, Refused, explain
 from sweep.study.credentials import without_credentials
@@ -51,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(adapter_commands)
 app.add_typer(comparing_commands)
+app.add_typer(dashboard_commands)
 
 
 def main() -> None:
@@ -110,7 +113,7 @@ def run(
     place = find_home(home)
     source = _read(study, place, overrides or [])
     confirm_code(source.study, trust_remote_code)
-    _need_writable(place)
+    need_writable(place)
     try:
         if dry_run:
             _dry_run(source.study, place, price_per_hour)
@@ -163,21 +166,6 @@ def report(
     asked, record = ran(study, place)
     findings = write_report(asked, record, folder)
     _say(*findings.sentences, f"report: {folder / 'report.html'}")
-
-
-@app.command()
-def dashboard(
-    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Open on this study's experiment.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    home: HomeOption = None,
-) -> None:
-    """Serve the MLflow UI over what was tracked, on 127.0.0.1, until Ctrl-C."""
-    from sweep.dashboard import serve
-
-    place = find_home(home)
-    name = ran(study, place)[0].name if study else None
-    _need_writable(place)
-    serve(place, name, port)
 
 
 @app.command("rank-use")
@@ -316,14 +304,6 @@ def _is_running(folder: StudyFolder) -> bool:
     except (OSError, ValueError):  # no lock, no number in it, no such process
         return False
     return False
-
-
-def _need_writable(home: Home) -> None:
-    from sweep.doctor import unwritable
-
-    reason = unwritable(home.root)
-    if reason:
-        raise Refused(f"{home.root} cannot be written ({reason}): choose another home with --home or $SWEEP_HOME")
 
 
 def _say(*lines: str) -> None:

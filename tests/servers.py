@@ -20,8 +20,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: Sequence[str], env: Mapping[str, str], health: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until the block ends; the block begins when `health` answers. It leads a process group of its own."""
+def running(
+    command: Sequence[str], env: Mapping[str, str], health: str, log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server, in a process group of its own, until the block ends; the block begins when `health` answers."""
     with open(log, "wb") as output:
         server = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
