@@ -214,17 +214,20 @@ def doctor(home: HomeOption = None) -> None:
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     from sweep import analyses, console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
+    from sweep.execution.executor import Executor, InlineExecutor
     from sweep.study.errors import NoWorkers, WorkerLost
     from sweep.tracking.journal import read_study_record
     from sweep.tracking.mlflow import Projector, find_tracking
 
-    folder, (workers, there) = home.study(study.name), open_executor(executor, study)
+    folder = home.study(study.name)
+    workers: Executor = InlineExecutor()  # a complete study needs no other
     storage = os.environ.get("SWEEP_STORAGE") or study.storage or home.optuna_url
     projector = Projector(study, folder, find_tracking(home))
     was_complete = read_study_record(folder).finished_at is not None
     try:
         projector.start()
         if not was_complete:
+            workers, there = open_executor(executor, study)
             _say(there)
         with console.watching(console.console()) as listen:
             run_study(
@@ -234,11 +237,9 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
             _say(f"study {study.name} is complete: nothing to do")
         analyses.analyse(study, folder, home.cache, _say)
         places = publishing.publish(study, folder, projector, home.cache)
-    except Busy as error:
-        raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
-    except (StorageError, NoWorkers, WorkerLost) as error:
+    except (Busy, StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
         workers.shutdown()  # at once: nobody waits for what they do

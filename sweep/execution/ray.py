@@ -33,7 +33,6 @@ from sweep.execution.ray_nodes import (
 from sweep.study.errors import NoWorkers, WorkerLost
 from sweep.study.schema import Resources
 
-SECONDS_WITHOUT_WORKERS = 120.0
 SECONDS_TO_START = 30.0  # that the first workers are waited for
 SECONDS_WITHOUT_HEAD = 30.0  # Ray itself ends this process after 60, without a word
 LOOK_EVERY = 1.0
@@ -80,7 +79,7 @@ class RayExecutor:
         self,
         resources: Resources | None = None,
         address: str | None = None,
-        seconds_without_workers: float = SECONDS_WITHOUT_WORKERS,
+        seconds_without_workers: float = 120.0,
     ):
         self.slots = 1  # a unit may wait for the first worker, or for the next
         self._resources, self._patience = resources, seconds_without_workers
@@ -277,7 +276,10 @@ class RayExecutor:
         tried = [self._troubles.get(node.id) for node in self._with_room()]
         if tried and all(trouble is not None and trouble.times >= STARTS for trouble in tried):
             reasons = "; ".join(sorted({trouble.reason for trouble in tried if trouble is not None}))
-            error = NoWorkers(f"no worker starts on the nodes of the Ray cluster ({reasons}): mend it and {RUN_AGAIN}")
+            needs = f"each needs lora-sweep {__version__}, and the token of this command"
+            error = NoWorkers(
+                f"no worker starts on the nodes of the Ray cluster ({reasons}): {needs}; then {RUN_AGAIN}"
+            )
         else:
             tried, needs = [], what_a_worker_needs(self._resources)
             error = NoWorkers(

@@ -82,7 +82,8 @@ def _own() -> Iterator[Cluster]:
     # Set for good: later clusters of this process have the same, and Ray reads some of it only once.
     _default({**ON_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     usual = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="sweep-ray-", dir=usual if len(usual) < LONGEST_FOLDER - 20 else "/tmp")
+    short = usual if len(usual) < LONGEST_FOLDER - len("/sweep-ray-12345678") else "/tmp"  # noqa: S108 - mkdtemp is safe
+    folder = tempfile.mkdtemp(prefix="sweep-ray-", dir=short)
     try:
         with _connected(
             "no Ray starts on this machine",
