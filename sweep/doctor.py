@@ -17,8 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from sweep.study.errors import first_line
 from sweep.study.home import Home
-from sweep.tracking.connection import without_credentials
+from sweep.tracking.connection import database_url, without_credentials
 
 NEEDED = ("torch", "transformers", "datasets", "safetensors", "peft", "optuna", "mlflow", "pydantic", "matplotlib")
 OPTIONAL = {
@@ -147,10 +148,14 @@ def _storage(home: Home) -> Check:
     try:
         from sqlalchemy import create_engine
 
-        create_engine(url).connect().close()
+        create_engine(database_url(url)).connect().close()
     except Exception as error:  # drivers raise errors of their own, and missing ones ImportError
-        reason = without_credentials(next(iter(str(error).strip().splitlines()), type(error).__name__))
-        return Check("Optuna storage", f"SWEEP_STORAGE does not open: {reason}", False, "start the server, or unset it")
+        return Check(
+            "Optuna storage",
+            f"SWEEP_STORAGE does not open: {first_line(error)}",
+            False,
+            "start the server, or unset it",
+        )
     return Check("Optuna storage", without_credentials(url))
 
 

@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     jump: list[float]  # from which rung on the wall clock is wrong, and by how many seconds
     versions: dict[str, str]  # packages that claim another version
     without: str  # a package that cannot be imported
+    gate: str  # folder with a file for each process that is ready; they begin at once when one of them is "open"
 
 
 def start(options: Options, *words: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
@@ -94,6 +95,10 @@ def main() -> None:
         _kill_at(*options["kill"])
     from sweep.cli import main as command
 
+    if "gate" in options:
+        Path(options["gate"], str(os.getpid())).touch()
+        while not Path(options["gate"], "open").exists():
+            time.sleep(0.002)
     command()
 
 

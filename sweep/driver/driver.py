@@ -14,7 +14,7 @@ from sweep.driver.patience import PATIENCE_S, Patience, StorageError
 from sweep.driver.phase import run_phase, why_not
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
-from sweep.driver.progress import Progress, snapshot, start_tally
+from sweep.driver.progress import Progress, is_complete, snapshot, start_tally
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question
 from sweep.driver.session import Session, warn
 from sweep.driver.takeup import refuse_other_inputs, take_up
@@ -55,7 +55,7 @@ def run_study(
         known = read_study_record(folder)
         if known.prepared is not None:  # until then nothing has run, and the question may still be mended
             refuse_other_question(study, folder)
-        if known.finished_at is not None:
+        if is_complete(study, known):
             listen(_finished(study, known))
             return
         setup = study.setup(str(cache))

@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import NoSuchModuleError
 
 from sweep.driver.interrupts import sleep, uninterrupted
 from sweep.driver.patience import (
@@ -29,6 +29,7 @@ from sweep.driver.question import QuestionChanged, question_hash
 from sweep.driver.storage import Ledger, distributions
 from sweep.study.credentials import CUT
 from sweep.study.schema import Study
+from sweep.tracking.connection import database_url
 
 HASH, OWNER = "question_sha256", "started"  # the study's own attributes in Optuna
 EXTRA = "pip install 'lora-sweep[postgres]'"
@@ -53,8 +54,8 @@ def open_storage(patience: Patience) -> BaseStorage:
             "or set SWEEP_STORAGE"
         )
     try:
-        options: dict[str, Any] = {"connect_args": _connect_args(make_url(url), patience.seconds)}
-    except ArgumentError as error:
+        options: dict[str, Any] = {"connect_args": _connect_args(database_url(url), patience.seconds)}
+    except ValueError as error:
         raise _cannot_open(patience, error) from None
     # A server may have restarted since the last trial.
     options["pool_pre_ping"] = not url.startswith("sqlite")
@@ -101,7 +102,7 @@ def _connect_args(url: URL, seconds: float) -> dict[str, Any]:
 def _cannot_open(patience: Patience, error: Exception) -> StorageError:
     reason = without_password(str(error), patience.url) or type(error).__name__
     if isinstance(error, ImportError | NoSuchModuleError):
-        driver = make_url(patience.url).drivername
+        driver = database_url(patience.url).drivername
         ours = driver in ("postgresql", "postgresql+psycopg")
         reason = "a package is missing: " + (
             "pip install 'lora-sweep[postgres]'" if ours else f"SQLAlchemy's for {driver}"

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from sqlalchemy import event
-from sqlalchemy.engine import Engine, ExceptionContext, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError
+from sqlalchemy.engine import Engine, ExceptionContext
+from sqlalchemy.exc import IntegrityError
 
 from sweep.driver.interrupts import sleep
 from sweep.study.credentials import without_credentials
 from sweep.study.errors import in_one_line
+from sweep.tracking.connection import database_url
 
 T = TypeVar("T")
 
@@ -134,8 +135,8 @@ def find_cause(error: BaseException) -> BaseException | None:
 def shown_url(url: str) -> str:
     """The URL as messages may show it."""
     try:
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except ArgumentError:
+        return database_url(url).set(query={}).render_as_string(hide_password=True)
+    except ValueError:
         return "(not a URL)"
 
 
@@ -161,8 +162,8 @@ def without_password(text: str, url: str) -> str:
     """The first line of a text that may show the URL, its password struck out, and anybody else's."""
     line = next(iter(text.splitlines()), "")
     try:
-        password: Any = make_url(url).password
-    except ArgumentError:
+        password: Any = database_url(url).password
+    except ValueError:
         return line.replace(url, "(not a URL)")
     return without_credentials(line.replace(str(password), "***") if password else line)
 

@@ -17,7 +17,7 @@ IN_QUERY = re.compile(
 )
 # key=value and key: value, quoted or not; pad_token and its like are no secrets.
 IN_PAIR = re.compile(
-    r"(\b[\w.-]*(?:passw(?:or)?d|passphrase|secret|(?:access|api|private)[_-]?key)[\w.-]*['\"]?\s*[=:]\s*"
+    r"(\b[\w.-]*(?:passw(?:or)?d|passphrase|secret|(?:access|api|private)[_-]?key)(?:[_-][\w-]*)?['\"]?\s*[=:]\s*"
     r"|(?<![\w-])(?:[\w.-]*(?:access|api|auth|hf|id|refresh|security|session)[_-])?token['\"]?\s*=\s*)"
     r"('[^']*'|\"[^\"]*\"|[^\s,;&'\"]+)",
     re.IGNORECASE,

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sweep.study.checks import cross_checks
-from sweep.study.credentials import without_credentials
+from sweep.study.credentials import kept_address, without_credentials
 from sweep.study.domains import domain_checks
 from sweep.study.plain_yaml import NotPlain, parse, read_bounded
 from sweep.study.schema import Study
@@ -113,13 +113,26 @@ def validate(raw: dict[str, Any], line_of: Mapping[FieldPath, int]) -> tuple[Stu
 
 
 def dump_study(study: Study) -> str:
-    """The study as YAML with every default written out: what a later run is held against."""
-    return yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
+    """The study as YAML with every default written out: what a later run is held against. No address in it has a
+    password."""
+    return _dump(study.model_dump())
 
 
 def dump_question(study: Study) -> str:
     """The part of it that a study must not change once it has run; see NOT_ASKED."""
-    return yaml.safe_dump(study.model_dump(exclude=set(NOT_ASKED)), sort_keys=False, allow_unicode=True)
+    return _dump(study.model_dump(exclude=set(NOT_ASKED)))
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(_kept(values), sort_keys=False, allow_unicode=True)
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _kept(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_kept(below) for below in value]
+    return kept_address(value) if isinstance(value, str) and "://" in value else value
 
 
 def dotted(study: Study) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sweep.study.values import (
     Fraction,
     Modules,
     Part,
+    PlaceName,
     Positive,
     RankPatterns,
     has_repeats,
@@ -264,6 +265,12 @@ class Resources(Strict):
     seconds_per_rung: Positive | None = None  # a pack that takes longer hangs: its worker is ended, and it is retried
 
 
+def _is_url(address: str) -> str:
+    if "://" not in address:
+        raise ValueError("is no URL; write it as in postgresql://user@host/database")
+    return address
+
+
 class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$", max_length=150)]  # of folders: no dots, no slashes
     question: str = ""
@@ -282,7 +289,8 @@ class Study(Strict):
     latency: Latency | None = None
     forgetting: Forgetting | None = None
     published: list[Published] = []  # figures of others, set beside this study's in its report
-    storage: str | None = None  # any Optuna URL; default: sqlite in the home
+    storage: Annotated[str, AfterValidator(_is_url)] | None = None  # any Optuna URL; default: sqlite in the home
+    checkpoints: PlaceName | None = None  # a folder, or any URL of fsspec; default: the home
     resources: Resources | None = None  # of workers: with --executor local or ray
 
     @model_validator(mode="before")

@@ -52,11 +52,9 @@ def connect(tracking: Tracking) -> MlflowClient:
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    from sqlalchemy import make_url
-
     if not is_database(tracking.uri):
         return MlflowClient(tracking_uri=tracking.uri)
-    url = make_url(tracking.uri)
+    url = database_url(tracking.uri)
     if not url.drivername.startswith("sqlite") or url.database in (None, "", ":memory:") or "uri" in url.query:
         return MlflowClient(tracking_uri=tracking.uri)
     with locked(Path(f"{url.database}.lock")):  # two processes that make or migrate one database at once break it
@@ -79,6 +77,19 @@ def _make_database(url: URL, artifacts: str | None) -> None:
         leftover.unlink()
     SqlAlchemyStore(str(url.set(database=str(new))), artifacts or str(path.parent)).engine.dispose()
     os.replace(new, path)
+
+
+def database_url(uri: str) -> URL:
+    """The parts of a database's URL. Raises ValueError in our own words: SQLAlchemy's may quote a password."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(uri)
+    except ArgumentError:
+        raise ValueError("not a URL") from None
+    except ValueError:
+        raise ValueError("not a URL; user and password are written percent-encoded") from None
 
 
 @contextmanager
