@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial
 
-from sweep.driver.checkpoints import tidy_checkpoints
+from sweep.driver.checkpoints import tidy_all
 from sweep.driver.failures import call
 from sweep.driver.interrupts import uninterrupted
 from sweep.driver.patience import StorageError
@@ -97,6 +97,7 @@ def take_up(session: Session) -> None:
     by_number = {trial.number: trial for trial in trials}
     for slot in list(session.records):
         _take_up_trial(session, slot, by_number)
+    tidy_all(session.records.values(), session.place)
 
 
 def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial]) -> None:
@@ -111,7 +112,6 @@ def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial
             loss = record.last.eval_loss if record.last else None
             tell(session.ledger, trial.number, record.state, loss, record.reason)
     end_if_over(session, slot)
-    tidy_checkpoints(session.records[slot])
 
 
 def _fits(spec: TrialSpec, slot: str, cells: Mapping[str, Slot]) -> bool:
