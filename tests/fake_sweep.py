@@ -26,6 +26,7 @@ TESTS = Path(__file__).parent
 class Options(TypedDict, total=False):
     seconds: float  # that a rung takes
     patience: float  # seconds, with a storage that does not answer
+    hold: list[Any]  # which rung waits, and for which file
     kill: list[Any]  # function's module and name, "before" or "after", which call: there the process kills itself
     track: bool  # project into MLflow
     track_every: float  # seconds
@@ -107,15 +108,18 @@ def _trainer(options: Options, real: Callable[..., Any]) -> Callable[..., Any]:
 
     def train_rung(unit: Any) -> Any:
         time.sleep(options.get("seconds", 0.0))
-        if "jump" in options and next(rungs) == options["jump"][0]:
+        rung = next(rungs)
+        if "jump" in options and rung == options["jump"][0]:
             time.time = lambda: clock() + options["jump"][1]
+        while "hold" in options and rung == options["hold"][0] and not Path(options["hold"][1]).exists():
+            time.sleep(0.05)
         return real(unit)
 
     return train_rung
 
 
 def _publish(study: Any, folder: Any, projector: Any, cache: Path) -> Any:
-    return SimpleNamespace(whole=True, warning=projector.finish(30))
+    return SimpleNamespace(whole=True, warning=projector.finish(60))
 
 
 def _lines(places: Any, name: str, home: Any) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial
 
-from sweep.driver.checkpoints import tidy_all
+from sweep.driver.checkpoints import tidy_checkpoints
 from sweep.driver.failures import call
 from sweep.driver.interrupts import uninterrupted
 from sweep.driver.patience import StorageError
@@ -69,8 +69,8 @@ def match_trials(ledger: Ledger, study: Study, journals: Sequence[TrialRecord]) 
         if not same:
             raise StorageError(
                 f"{spec.folder} and trial {spec.number} in Optuna's storage tell of different trials: "
-                "restore the one or the other, or remove the study from the storage (optuna delete-study): it is then "
-                "made anew from the journals"
+                "restore the one or the other, or remove the study from the storage (optuna delete-study): the journals "
+                "make it anew"
             )
         if spec.number not in trials:
             create_trial(ledger, spec.arm, spec.learning_rate, spec.phase, spec.seed, slot)
@@ -97,7 +97,6 @@ def take_up(session: Session) -> None:
     by_number = {trial.number: trial for trial in trials}
     for slot in list(session.records):
         _take_up_trial(session, slot, by_number)
-    tidy_all(session.records.values(), session.place)
 
 
 def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial]) -> None:
@@ -112,6 +111,7 @@ def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial
             loss = record.last.eval_loss if record.last else None
             tell(session.ledger, trial.number, record.state, loss, record.reason)
     end_if_over(session, slot)
+    tidy_checkpoints(session.records[slot])
 
 
 def _fits(spec: TrialSpec, slot: str, cells: Mapping[str, Slot]) -> bool:
