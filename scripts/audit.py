@@ -1,8 +1,8 @@
 """Hold the pinned versions against the known vulnerabilities: `make audit`.
 
-PyPI's own index of advisories is asked, else osv.dev. A vulnerability that is known ends it with 1, whether or not there
-is a version without it; what cannot be helped is named in ACCEPTED, with the reason. Where neither index can be reached
-it says so and ends with 0, or with 1 where SWEEP_NEEDS_AUDIT=1.
+PyPI's own index of advisories is asked, else osv.dev. A known vulnerability ends it with 1, whether or not there is a
+version without it; what cannot be helped is named in ACCEPTED, with the reason. Where neither index can be reached it
+says so and ends with 0, or with 1 where SWEEP_NEEDS_AUDIT=1.
 """
 
 from __future__ import annotations
