@@ -68,9 +68,9 @@ def name_of(study: str, home: Home) -> str:
 
 def asked_as(study: str, home: Home) -> Study:
     """The study as it ran, whatever its file says by now."""
-    from sweep.study.file import read_study
+    from sweep.study.asked import read_kept_study
 
-    return read_study(home.study(name_of(study, home)).study_file).study
+    return read_kept_study(home.study(name_of(study, home)).study_file).study
 
 
 def ran(study: str, home: Home) -> tuple[Study, StudyRecord]:

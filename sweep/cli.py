@@ -33,9 +33,9 @@ from sweep.arguments import (
 from sweep.comparing import commands as comparing_commands
 from sweep.dashboard import commands as dashboard_commands
 from sweep.execution.choose import ExecutorName, open_executor
-from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
+from sweep.exits import FAILED, INTERRUPTED, Refused, explain
 from sweep.study.credentials import without_credentials
-from sweep.study.errors import FieldError, first_line
+from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        lines, code = _explain(error)
+        lines, code = explain(error)
         if os.environ.get("SWEEP_DEBUG"):
             lines = traceback.format_exc().splitlines()
         _complain("\n".join(lines))
@@ -202,31 +202,33 @@ def doctor(home: HomeOption = None) -> None:
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     from sweep import analyses, console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
+    from sweep.driver.progress import is_complete
+    from sweep.execution.executor import Executor, InlineExecutor
     from sweep.study.errors import NoWorkers, WorkerLost
     from sweep.tracking.journal import read_study_record
     from sweep.tracking.mlflow import Projector, find_tracking
 
-    folder, (workers, there) = home.study(study.name), open_executor(executor, study)
+    folder = home.study(study.name)
+    was_complete = is_complete(study, read_study_record(folder))
+    workers: Executor = InlineExecutor()  # a complete study needs no other
     storage = os.environ.get("SWEEP_STORAGE") or study.storage or home.optuna_url
+    checkpoints = os.environ.get("SWEEP_CHECKPOINTS") or study.checkpoints or ""
     projector = Projector(study, folder, find_tracking(home))
-    was_complete = read_study_record(folder).finished_at is not None
     try:
         projector.start()
         if not was_complete:
+            workers, there = open_executor(executor, study)
             _say(there)
         with console.watching(console.console()) as listen:
-            run_study(
-                study, folder, workers, storage, home.cache, listen=(lambda progress: None) if was_complete else listen
-            )
+            silent = (lambda progress: None) if was_complete else listen
+            run_study(study, folder, workers, storage, home.cache, listen=silent, checkpoints=checkpoints)
         if was_complete:
             _say(f"study {study.name} is complete: nothing to do")
         analyses.analyse(study, folder, home.cache, _say)
         places = publishing.publish(study, folder, projector, home.cache)
-    except Busy as error:
-        raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
-    except (StorageError, NoWorkers, WorkerLost) as error:
+    except (Busy, StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
         workers.shutdown()  # at once: nobody waits for what they do
@@ -275,12 +277,13 @@ def _forecast(study: Study, home: Home, an_hour: float | None) -> StudyForecast:
 
 
 def _read(study: str, home: Home, overrides: Sequence[str] = ()) -> StudyFile:
+    from sweep.study.asked import read_kept_study
     from sweep.study.file import read_study
 
     path = Path(study)
     if is_file_name(study):
         return read_study(path, overrides)
-    return read_study(home.study(name_of(study, home)).study_file, overrides)
+    return read_kept_study(home.study(name_of(study, home)).study_file, overrides)
 
 
 def _report_folder(study: Study) -> Path:
@@ -301,19 +304,6 @@ def _is_running(folder: StudyFolder) -> bool:
     except (OSError, ValueError):  # no lock, no number in it, no such process
         return False
     return False
-
-
-def _explain(error: Exception) -> tuple[Sequence[str], int]:
-    """What to print for an error, and the exit code."""
-    from sweep.study.file import StudyError
-
-    if isinstance(error, Refused):
-        return error.lines, error.code
-    if isinstance(error, StudyError):
-        return error.lines(), USAGE
-    if isinstance(error, FieldError):
-        return [f"{field}: {message}" for field, message in error.problems], USAGE
-    return [f"error: {first_line(error)}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
 
 
 def _say(*lines: str) -> None:

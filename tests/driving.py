@@ -15,6 +15,7 @@ from sweep.driver.driver import Progress, run_study
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.worker import Work
 from sweep.study.home import Home
+from sweep.study.records import Measurement
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 
@@ -23,7 +24,9 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing but the interpreter sees it."""
 
 
-def run(home: Home, study: Study, work: Work | None = None, executor: Any = None, url: str = "") -> list[Progress]:
+def run(
+    home: Home, study: Study, work: Work | None = None, executor: Any = None, url: str = "", checkpoints: str = ""
+) -> list[Progress]:
     heard: list[Progress] = []
     run_study(
         study,
@@ -33,6 +36,7 @@ def run(home: Home, study: Study, work: Work | None = None, executor: Any = None
         home.cache,
         work or fake_work(),
         heard.append,
+        checkpoints=checkpoints,
     )
     return heard
 
@@ -46,10 +50,16 @@ def trials_of(home: Home, study: Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def journal_view(record: StudyRecord) -> Any:
-    """All that must not depend on interruptions: everything but times, and with whom a trial was packed."""
+    """All that must not depend on interruptions: everything but times, names of checkpoints' folders, and packs.
+
+    Checkpoints' digests stay: a checkpoint holds the same, whoever wrote it.
+    """
+
+    def measured(found: Measurement) -> Measurement:
+        return replace(found, pack_size=0, checkpoint=found.checkpoint[:-8], test_rows="")
 
     def trial(r: TrialRecord) -> Any:
-        return replace(r.spec, folder=""), [replace(g.measurement, pack_size=0) for g in r.rungs], r.state, r.reason
+        return replace(r.spec, folder="", place=""), [measured(g.measurement) for g in r.rungs], r.state, r.reason
 
     return [trial(r) for r in record.trials], record.prepared, record.costs, record.finalists, record.warnings
 

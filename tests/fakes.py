@@ -21,6 +21,7 @@ from sweep.study.records import (
     Unit,
 )
 from sweep.study.schema import Study
+from sweep.tracking.store import OPTIMIZER, TEST_ROWS, WEIGHTS, opened, save
 
 
 def make_study(**changes: Any) -> Study:
@@ -50,15 +51,22 @@ def loss_of(arm: Arm, rate: float, seed: int, step: int) -> float:
     return round(1 / step + away + 0.1 * size + 0.001 * seed, 9)
 
 
+def content(trial: TrialSpec, step: int) -> bytes:
+    """What stands in the files of a checkpoint."""
+    return f"{trial.arm.name} at {trial.learning_rate}, seed {trial.seed}, step {step}".encode()
+
+
 def measure(unit: Unit, trial: TrialSpec) -> Measurement:
-    """One trial's rung: leaves a checkpoint of the right shape and wants the one it goes on from."""
-    folder = Path(trial.folder)
+    """One trial's rung: leaves a checkpoint, tensors apart, and wants the one it goes on from."""
     if unit.start:
-        assert (folder / f"checkpoints/{unit.start}/optimizer.safetensors").exists(), "the checkpoint to go on from"
-    checkpoint = folder / f"checkpoints/{unit.stop}"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    for name in ("weights", "optimizer"):
-        (checkpoint / f"{name}.safetensors").touch()
+        with opened(trial, unit.checkpoints[unit.trials.index(trial)], (WEIGHTS, OPTIMIZER)) as folder:
+            assert (folder / WEIGHTS).read_bytes() == content(trial, unit.start), "the checkpoint to go on from"
+
+    def write(folder: Path) -> None:
+        for name in (WEIGHTS, OPTIMIZER, *([TEST_ROWS] if unit.test else [])):
+            (folder / name).write_bytes(content(trial, unit.stop))
+
+    saved = save(trial, unit.stop, {}, write)
     steps = range(unit.start + 1, unit.stop + 1)
     loss = loss_of(trial.arm, trial.learning_rate, trial.seed, unit.stop)
     return Measurement(
@@ -69,7 +77,8 @@ def measure(unit: Unit, trial: TrialSpec) -> Measurement:
         eval_loss=loss,
         eval_metrics={"eval_accuracy": 0.5},
         test_metrics={"test_loss": loss} if unit.test else {},
-        checkpoint=f"checkpoints/{unit.stop}",
+        checkpoint=saved.name,
+        checkpoint_sha256=saved.sha256,
         diverged_at=None,
         pack_size=len(unit.trials),
         pack_seconds=0.0,

@@ -11,9 +11,10 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
 from sweep.study.arms import Arm
-from sweep.study.records import Measurement, Prepared, Setup, TrialSpec, Unit
+from sweep.study.records import Measurement, Prepared, Saved, Setup, TrialSpec, Unit
 from sweep.training.base import load_base
 from sweep.training.batches import collate, step_rows
+from sweep.training.checkpoint import load_weights
 from sweep.training.data import load_data
 from sweep.training.locate import locate_model
 from sweep.training.rung import fresh_state, train_rung
@@ -40,10 +41,19 @@ def trial(number: int, one: Arm, rate: float, seed: int, folder: Path) -> TrialS
 
 def train(setup: Setup, prepared: Prepared, trials: list[TrialSpec], stops: list[int]) -> dict[int, list[Measurement]]:
     found: dict[int, list[Measurement]] = {t.number: [] for t in trials}
+    saved: tuple[Saved, ...] = ()
     for start, stop in zip([0, *stops], stops, strict=False):
-        for measurement in train_rung(Unit(setup, prepared, tuple(trials), start, stop, test=stop == stops[-1])):
+        measured = train_rung(Unit(setup, prepared, tuple(trials), start, stop, stop == stops[-1], saved))
+        saved = tuple(measurement.saved for measurement in measured if measurement.saved)
+        for measurement in measured:
             found[measurement.number].append(measurement)
     return found
+
+
+def weights_of(one: TrialSpec, measurement: Measurement) -> dict[str, torch.Tensor]:
+    """The trained tensors of the rung's checkpoint."""
+    assert measurement.saved is not None
+    return load_weights(one, measurement.saved)
 
 
 def curve(measurements: list[Measurement]) -> list[float]:

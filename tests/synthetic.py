@@ -159,7 +159,7 @@ def _write_trial(
                 None if gone else value + 0.01,
                 {} if gone else {"eval_accuracy": 1 - value / 3},
                 {"test_loss": value, "test_accuracy": 1 - value / 3} if tested else {},
-                "" if gone else f"step-{stop}",
+                "",  # nothing lies on disk
                 stop - 5 if gone else None,
                 pack_size=4,
                 pack_seconds=8.0,

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sweep import cli
 from sweep.adapters.domains import Measured, _mixtures, compare_domains
+from sweep.adapters.kept import read_kept
 from sweep.driver.driver import run_study
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.worker import Work
@@ -38,7 +39,6 @@ from sweep.study.records import COMPLETE, CONFIRM, SEARCH
 from sweep.study.schema import Study, rate_values
 from sweep.tracking.analyses import read_analysis
 from sweep.tracking.journal import StudyRecord, TrialRecord, append_end, append_rung, read_study_record
-from sweep.training.checkpoint import load_weights
 from sweep.training.data import load_data
 from sweep.training.locate import locate_model
 from sweep.training.tokens import Split
@@ -222,8 +222,7 @@ def with_adapters(folder: Path, trials: dict[str, TrialRecord]) -> Any:
             model = get_peft_model(model, config, adapter_name=domain)
         else:
             model.add_adapter(domain, config)
-        assert trial.last is not None
-        weights = load_weights(Path(trial.spec.folder) / trial.last.checkpoint)
+        weights = read_kept(trial)
         named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
         assert not set_peft_model_state_dict(model, named, adapter_name=domain).unexpected_keys
     return model

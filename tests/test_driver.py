@@ -263,19 +263,23 @@ class TestCheckpoints:
         for t in records_of(done, study).trials:
             left = sorted(str(p.relative_to(t.spec.folder)) for p in Path(t.spec.folder).rglob("*.safetensors"))
             kept = t.state == COMPLETE and not (t.spec.arm.is_full and t.spec.phase == "search")
-            assert left == (["checkpoints/4/weights.safetensors"] if kept else [])
+            names = ["test-rows", "weights"] if t.spec.phase == "confirm" else ["weights"]
+            assert left == ([f"{t.last.checkpoint}/{name}.safetensors" for name in names] if kept and t.last else [])
 
-    def test_a_half_written_checkpoint_is_removed_when_the_study_is_taken_up(self, home: Home) -> None:
+    def test_what_a_killed_worker_left_is_removed_when_the_study_is_taken_up(self, home: Home) -> None:
         study = make_study()
 
         def train(unit: Unit) -> tuple[Measurement, ...]:
             if unit.start == 2:
                 for t in unit.trials:
-                    (Path(t.folder) / "checkpoints/.tmp-4-99").mkdir(parents=True)
+                    (Path(t.folder) / "checkpoints/.tmp-99").mkdir()  # killed while it wrote,
+                measure(unit, unit.trials[0])  # or before anybody heard of what it wrote
                 raise Killed
             return train_rung(unit)
 
         with pytest.raises(Killed):
             run(home, study, fake_work(train))
         run(home, study)
-        assert not list(home.root.rglob(".tmp-*"))
+        named = {t.last.checkpoint for t in records_of(home, study).trials if t.last}
+        left = [folder for folder in home.root.rglob("checkpoints/*")]
+        assert left and {f"checkpoints/{folder.name}" for folder in left} <= named

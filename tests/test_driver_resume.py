@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from optuna.trial import TrialState
 
 import sweep.driver.driver as driver_module
 import sweep.tracking.journal as journal_module
+from sweep.driver import beginning, session
 from sweep.driver.driver import StorageError
 from sweep.study.home import Home, StudyFolder
 from sweep.study.records import COMPLETE, PRUNED, Measurement, Unit
@@ -82,7 +84,7 @@ def run_with_kill(
             real_append(path, event, **values)
 
         real_append = journal_module.append
-        for module in (journal_module, driver_module, sys.modules["sweep.driver.session"]):
+        for module in (journal_module, driver_module, beginning, session):
             patch.setattr(module, "append", append)
         if not torn:
             for name in (
@@ -93,13 +95,13 @@ def run_with_kill(
                 "set_trial_state_values",
             ):
                 guard(storage, name)
-            guard(sys.modules["sweep.driver.checkpoints"].shutil, "rmtree")
+            guard(sys.modules["sweep.driver.checkpoints"], "remove_others")
             work = fake_work()
             guard(fakes, "train_rung")
             work = fake_work(fakes.train_rung)
         else:
             work = fake_work()
-        patch.setattr(driver_module, "open_storage", lambda url: storage)
+        patch.setattr(beginning, "open_storage", lambda patience: storage)
         run(home, study, work)
 
 
@@ -126,7 +128,9 @@ def test_a_kill_anywhere_loses_doubles_and_leaves_running_nothing(
 
 
 def files_of(home: Home) -> list[str]:
-    return [str(p.relative_to(home.root)) for p in home.root.rglob("*") if p.is_file()]
+    """Paths, a checkpoint's folder without the part of its name that is another each time."""
+    paths = [str(p.relative_to(home.root)) for p in home.root.rglob("*") if p.is_file()]
+    return [re.sub(r"(/checkpoints/\d+)-[0-9a-f]{8}/", r"\1/", path) for path in paths]
 
 
 def test_a_kill_in_the_first_session_and_again_in_the_second_changes_nothing(

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sweep.adapters.export import ExportError, _our_logits, _weights_of, _write_adapters, export, few_rows
+from sweep.adapters.kept import read_kept
 from sweep.study.errors import FieldError
 from sweep.study.file import read_study
 from sweep.study.home import Home
@@ -256,8 +257,7 @@ def test_head_of_several_layers_and_for_other_labels_is_trained_and_exported(tmp
     study = read_study(Path("studies/quickstart.yaml"), [*overrides, "data.validation=0.03", "data.test=0.03"]).study
     record, home = run_trials(study, Home(tmp_path / "home"), ["r2-ratio1"]), Home(tmp_path / "home")
     (trial,) = record.trials
-    assert trial.last is not None
-    trained = load_file(Path(trial.spec.folder) / trial.last.checkpoint / "weights.safetensors")
+    trained = read_kept(trial)
     assert {"classifier.dense.weight", "classifier.out_proj.weight"} <= set(trained)
     assert export(study, record, trial, tmp_path / "out", False, "", home.cache)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft_reference import train, weights_of
 from scipy import stats
 from synthetic import quickstart, write_study
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
@@ -35,7 +36,6 @@ from sweep.study.records import (
 from sweep.study.schema import Study
 from sweep.tracking.entities import trial_metrics
 from sweep.tracking.journal import read_study_record
-from sweep.training.checkpoint import load_checkpoint
 from sweep.training.locate import load_tokenizer, locate_model
 from sweep.training.prepare import prepare
 from sweep.training.rung import train_rung
@@ -106,17 +106,17 @@ def run(study: Study, folder: Path) -> tuple[Setup, Prepared, dict[str, list[Mea
     packs = [[arm for arm in arms if not arm.is_full], [arms[-1]]]
     for pack in packs:
         trials = [TrialSpec(i, arm, 0.05, 1, CONFIRM, str(folder / arm.name)) for i, arm in enumerate(pack)]
-        for start, stop in ((0, 2), (2, 4)):
-            for trial, measurement in zip(
-                trials, train_rung(Unit(setup, prepared, tuple(trials), start, stop, test=stop == 4)), strict=True
-            ):
-                found.setdefault(trial.arm.name, []).append(measurement)
+        for trial, measured in zip(trials, train(setup, prepared, trials, [2, 4]).values(), strict=True):
+            found[trial.arm.name] = measured
     return setup, prepared, found
 
 
-def put_on(model: Any, arm: Arm, folder: Path, step: int) -> Any:
+def trained(arm: Arm, folder: Path, measurement: Measurement) -> dict[str, torch.Tensor]:
+    return weights_of(TrialSpec(0, arm, 0.05, 1, CONFIRM, str(folder / arm.name)), measurement)
+
+
+def put_on(model: Any, arm: Arm, weights: dict[str, torch.Tensor]) -> Any:
     """The trial's trained weights on a model that transformers loaded: by PEFT, or as whole weights."""
-    weights = load_checkpoint(folder / arm.name, step).weights
     if arm.is_full:
         own = dict(model.named_parameters())
         with torch.no_grad():
@@ -161,7 +161,7 @@ def test_forgetting_of_a_causal_lm_is_the_loss_of_a_plain_loop_over_peft_and_who
     assert prepared.source_text.removed == 2 and not prepared.source_text.masked
     for arm in study.list_arms():
         for measurement in found[arm.name]:
-            model = put_on(LlamaForCausalLM.from_pretrained(place / "llama"), arm, tmp_path, measurement.stop)
+            model = put_on(LlamaForCausalLM.from_pretrained(place / "llama"), arm, trained(arm, tmp_path, measurement))
             expected = next_token_loss(model, place, 8)
             assert measurement.forgetting_loss == pytest.approx(expected, abs=1e-4)
             assert abs(expected - base) > 1e-3, "nothing is forgotten, so the test would be blind"
@@ -189,7 +189,7 @@ def test_forgetting_of_a_classifier_is_the_loss_of_the_checkpoints_own_head_over
     assert prepared.source_text.loss == pytest.approx(base, abs=1e-4)
     for arm in study.list_arms():
         for measurement in found[arm.name]:
-            model = put_on(BertForMaskedLM.from_pretrained(place / "bert"), arm, tmp_path, measurement.stop)
+            model = put_on(BertForMaskedLM.from_pretrained(place / "bert"), arm, trained(arm, tmp_path, measurement))
             expected = masked_loss(model)
             assert measurement.forgetting_loss == pytest.approx(expected, abs=1e-4)
             assert abs(expected - base) > 1e-3, "nothing is forgotten, so the test would be blind"
@@ -205,8 +205,8 @@ def test_forgetting_of_a_classifier_behind_a_prefix_is_that_of_its_embeddings_be
     text = load_source_text(setup, locate_model(setup.model))
     for arm in (arm for arm in study.list_arms() if not arm.is_full):
         model: Any = BertForMaskedLM.from_pretrained(place / "bert")
-        model = put_on(model, arm, tmp_path, 4) if arm.r else model
-        prompt = load_checkpoint(tmp_path / arm.name, 4).weights["prompt_embeddings"]
+        weights = trained(arm, tmp_path, found[arm.name][-1])
+        model, prompt = put_on(model, arm, weights) if arm.r else model, weights["prompt_embeddings"]
         losses = []
         for start, stop in zip(text.split.offsets, text.split.offsets[1:], strict=False):
             ids = torch.from_numpy(text.split.input_ids[start:stop].astype(np.int64))[None]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_parts import COLOURS, SIZE, image_setup, save_folders, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_reference import arm, curve, prepared_for, train, trial
+from peft_reference import arm, curve, prepared_for, train, trial, weights_of
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, get_linear_schedule_with_warmup
 
@@ -23,7 +23,6 @@ from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.base import check_arm, target_layers
 from sweep.training.batches import step_rows
 from sweep.training.calibration import packs_see_rows
-from sweep.training.checkpoint import load_weights
 from sweep.training.prepare import chance, prepare
 from sweep.training.rung import base_for, fresh_state, tokenised
 
@@ -113,7 +112,7 @@ def test_trials_of_a_mixed_pack_have_the_losses_and_weights_that_peft_gives_each
     for one in trials:
         losses, state = peft_training(setup, prepared, one)
         np.testing.assert_allclose(curve(packed[one.number]), losses, atol=1e-4, rtol=0)
-        weights = load_weights(Path(one.folder) / packed[one.number][-1].checkpoint)
+        weights = weights_of(one, packed[one.number][-1])
         assert set(weights) == set(state)
         for name, value in state.items():
             torch.testing.assert_close(weights[name], value, atol=2e-4, rtol=0)
@@ -127,7 +126,7 @@ def test_full_finetuning_is_the_plain_loop_over_all_weights(small: tuple[str, Se
     (measurement,) = train(setup, prepared, [one], [STEPS])[0]
     losses, state = peft_training(setup, prepared, one)
     np.testing.assert_allclose(measurement.train_loss, losses, atol=1e-4, rtol=0)
-    weights = load_weights(Path(one.folder) / measurement.checkpoint)
+    weights = weights_of(one, measurement)
     for name, value in state.items():
         torch.testing.assert_close(weights[name], value, atol=2e-4, rtol=0)
     assert measurement.tokens == STEPS * setup.train.batch_size  # an image counts as one

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from sweep.study.arms import full_arm
 from sweep.study.home import Home
 from sweep.study.records import SEARCH, TrialSpec, to_json
 from sweep.tracking.journal import append, append_asked, append_end, read_events, read_study_record
+from sweep.tracking.lines import as_line
 
 
 def test_torn_last_line_was_never_acknowledged_and_the_next_append_cuts_it_off(tmp_path: Path) -> None:
@@ -44,7 +44,6 @@ def test_interrupted_session_lasts_until_the_last_thing_its_trials_told(tmp_path
     }
     for path, times in events.items():
         values = {"trial": to_json(spec), "message": "", "state": "failed", "reason": "why"}
-        lines = [json.dumps({"event": event, "time": time, **values}) for event, time in times]
-        path.write_text("\n".join(lines) + "\n")
+        path.write_bytes(b"".join(as_line({"event": event, "time": time, **values}) for event, time in times))
     assert read_study_record(Home(tmp_path).study("empty")).sessions == ()
     assert read_study_record(folder).sessions == ((100.0, 350.0), (500.0, 500.0))

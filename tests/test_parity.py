@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft_reference import STEPS, arm, curve, peft_curve, train, trial
+from peft_reference import STEPS, arm, curve, peft_curve, train, trial, weights_of
 from transformers import get_linear_schedule_with_warmup
 
 from sweep.lora.methods import init_head
@@ -17,7 +17,6 @@ from sweep.study.arms import Arm, full_arm
 from sweep.study.records import Prepared, Setup
 from sweep.training.base import load_base
 from sweep.training.batches import collate, step_rows
-from sweep.training.checkpoint import load_weights
 from sweep.training.data import load_data
 from sweep.training.locate import locate_model
 from sweep.training.rung import base_for
@@ -36,7 +35,7 @@ def test_trial_has_the_same_loss_curve_packed_and_in_peft(bbc: tuple[Setup, Prep
     for one in trials:
         expected, state = peft_curve(setup, prepared, one, STEPS)
         np.testing.assert_allclose(curve(packed[one.number]), expected, atol=1e-4, rtol=0)
-        weights = load_weights(Path(one.folder) / packed[one.number][-1].checkpoint)
+        weights = weights_of(one, packed[one.number][-1])
         for name, value in state.items():
             ours = name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
             torch.testing.assert_close(weights[ours], value, atol=2e-4, rtol=0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sweep.adapters.kept import read_kept
 from sweep.lora.adapter import Adapter, install, pack_order, remove
 from sweep.lora.lowrank import weighted_sum
 from sweep.lora.methods import State
@@ -24,7 +25,6 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 from sweep.training.base import Base, load_base
 from sweep.training.batches import collate
-from sweep.training.checkpoint import load_weights
 from sweep.training.data import TokenisedData, load_data
 from sweep.training.locate import ModelPlace, load_tokenizer, locate_model
 from sweep.training.tasks import CAUSAL_LM, evaluation_passes, summarise
@@ -118,8 +118,8 @@ def _confirmed(domain: str, record: StudyRecord) -> list[Measured]:
     arms = {trial.spec.arm.name: trial.spec.arm for trial in record.trials if not trial.spec.arm.is_full}
     for trial in (trial for arm in arms.values() for trial in confirm_trials(record, arm)):
         spec = trial.spec
-        if trial.state == COMPLETE and trial.last is not None:
-            state = load_weights(Path(spec.folder) / trial.last.checkpoint)
+        if trial.state == COMPLETE and trial.kept is not None:
+            state = read_kept(trial)
             found.append(
                 Measured(domain, spec.arm.r, spec.seed, _adapter(spec, state), spec.arm.name, spec.learning_rate)
             )

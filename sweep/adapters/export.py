@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sweep.adapters.card import model_card
 from sweep.adapters.folders import check_target, whole_folder, write_adapter, write_mark
+from sweep.adapters.kept import read_kept
 from sweep.adapters.merge import as_plain_lora, merged_weight
 from sweep.adapters.peft_format import BASE, CLASSIFIER, LANGUAGE_MODEL, SUBFOLDER, PeftAdapter, Settings
 from sweep.adapters.prompt import write_prompt
@@ -28,12 +29,12 @@ from sweep.lora.adapter import adaptable_modules, install, remove
 from sweep.lora.methods import is_conv1d
 from sweep.lora.prefix import PROMPT
 from sweep.study.arms import Arm
+from sweep.study.errors import Damaged
 from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.base import HEAD_NAMES, Base, adapter_of, load_base, target_layers
 from sweep.training.batches import AnyBatch, collate
-from sweep.training.checkpoint import WEIGHTS, load_weights
 from sweep.training.data import TokenisedData, load_data
 from sweep.training.images import load_image_processor
 from sweep.training.locate import load_tokenizer, quiet
@@ -122,10 +123,12 @@ def _weights_of(trial: TrialRecord, merge: bool) -> dict[str, Tensor]:
         raise ExportError("full fine-tuning has no adapter; add --merge for the whole model")
     if spec.arm.prefix_length and merge:
         raise ExportError("a prefix stands before the input, so no weight can hold it; export without --merge")
-    folder = Path(spec.folder) / trial.last.checkpoint
-    if not (folder / WEIGHTS).exists():
+    if trial.kept is None:
         raise ExportError(f"trial {spec.number} ({spec.arm.name}) kept no weights; export one of its confirm trials")
-    return load_weights(folder)
+    try:
+        return read_kept(trial)
+    except Damaged as error:
+        raise ExportError(f"{error}, or export another one with --trial") from None
 
 
 def _our_logits(base: Base, arm: Arm, weights: dict[str, Tensor], batch: AnyBatch) -> Tensor:

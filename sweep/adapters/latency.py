@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sweep.adapters.kept import read_kept
 from sweep.adapters.merge import merged_weight
 from sweep.adapters.serve import plan_slots
 from sweep.lora.adapter import Adapter, install, pack_order, remove
 from sweep.report.confirmed import confirm_trials
 from sweep.report.statistics import confirmed_of_ranks
 from sweep.study.arms import Arm
-from sweep.study.errors import FieldError
+from sweep.study.errors import Damaged, FieldError
 from sweep.study.records import COMPLETE
 from sweep.study.schema import Latency, Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.base import Base, adapter_of, find_device, target_layers
-from sweep.training.checkpoint import WEIGHTS, load_weights
 from sweep.training.prepare import device_name
 from sweep.training.rung import base_for
 from sweep.training.tasks import CAUSAL_LM, CLASSIFICATION
@@ -205,11 +205,13 @@ def _kept(record: StudyRecord, arm: Arm) -> TrialRecord | None:
         if trial.state == COMPLETE
         and trial.last is not None
         and trial.last.eval_loss is not None
-        and (Path(trial.spec.folder) / trial.last.checkpoint / WEIGHTS).exists()
+        and trial.kept is not None
     ]
     return min(found, key=lambda entry: entry[:2])[2] if found else None
 
 
 def _adapter(base: Base, arm: Arm, trial: TrialRecord) -> Adapter:
-    assert trial.last is not None  # _kept has seen it
-    return adapter_of(base, arm, load_weights(Path(trial.spec.folder) / trial.last.checkpoint))
+    try:
+        return adapter_of(base, arm, read_kept(trial))
+    except Damaged as error:
+        raise LatencyError(str(error)) from None

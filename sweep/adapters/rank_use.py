@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from sweep.adapters.kept import open_kept
 from sweep.adapters.rank_pattern import as_pattern, keep_share, within_budget
 from sweep.adapters.subspaces import OUTPUT, A, Comparison, compare, found, plan_comparisons, short, steps
 from sweep.adapters.truncation import Truncated, score_truncated
@@ -30,11 +32,12 @@ from sweep.lora.spectra import (
 from sweep.report.confirmed import confirm_trials
 from sweep.report.statistics import confirmed_of_ranks
 from sweep.study.arms import Arm
+from sweep.study.errors import Damaged
 from sweep.study.records import COMPLETE, TrialSpec
 from sweep.study.schema import RankUse, Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.base import Base, load_base, target_layers
-from sweep.training.checkpoint import WEIGHTS, load_some_weights
+from sweep.training.checkpoint import load_some_weights
 from sweep.training.rung import located, tokenised
 
 
@@ -44,10 +47,10 @@ class RankUseError(RuntimeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """A confirm trial whose weights lie on disk."""
+    """A confirm trial that kept its weights."""
 
     spec: TrialSpec
-    folder: Path  # of its last checkpoint
+    folder: Path  # that holds them
 
     def read(self, names: Sequence[str]) -> State:
         return load_some_weights(self.folder, names)
@@ -67,11 +70,16 @@ def measure_rank_use(study: Study, record: StudyRecord, cache: Path) -> dict[str
     """Spectra, directions, amplification, truncation and suggested patterns of the confirmed arms.
 
     Ranks are compared by one arm each, the one that search chose. Raises RankUseError where no LoRA trial of the
-    confirm phase kept its weights, FieldError where model or data can no longer be used.
+    confirm phase kept its weights, or one's are damaged, FieldError where model or data can no longer be used.
     """
+    with ExitStack() as stack:
+        trained = {arm: _trained(confirm_trials(record, arm), stack) for arm in study.list_arms()}
+        return _measure(study, record, trained, cache)
+
+
+def _measure(study: Study, record: StudyRecord, trained: dict[Arm, list[Trained]], cache: Path) -> dict[str, Any]:
     if record.prepared is None:
         raise RankUseError(f"study {study.name} has no prepared model and data; run it first")
-    trained = {arm: _trained(confirm_trials(record, arm)) for arm in study.list_arms()}
     trained = {arm: trials for arm, trials in trained.items() if trials and (arm.r or arm.is_full)}
     chosen = [a for a in confirmed_of_ranks(study, record).values() if a in trained and not a.prefix_length]
     if not chosen:
@@ -122,13 +130,13 @@ def block_of(name: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def _trained(trials: Sequence[TrialRecord]) -> list[Trained]:
-    kept = [
-        Trained(t.spec, Path(t.spec.folder) / t.last.checkpoint)
-        for t in trials
-        if t.state == COMPLETE and t.last is not None and t.last.checkpoint
-    ]
-    return sorted((t for t in kept if (t.folder / WEIGHTS).exists()), key=lambda t: t.spec.seed)
+def _trained(trials: Sequence[TrialRecord], stack: ExitStack) -> list[Trained]:
+    """Those that kept their weights, open as long as the stack is. Raises RankUseError where one's are damaged."""
+    kept = [trial for trial in trials if trial.state == COMPLETE and trial.kept is not None]
+    try:
+        return [Trained(t.spec, stack.enter_context(open_kept(t))) for t in sorted(kept, key=lambda t: t.spec.seed)]
+    except Damaged as error:
+        raise RankUseError(str(error)) from None
 
 
 def _visit(

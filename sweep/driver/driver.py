@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from sweep.driver.beginning import begin
 from sweep.driver.failures import call
 from sweep.driver.groups import steps_ahead
 from sweep.driver.interrupts import heed, interruptible
-from sweep.driver.opening import open_ledger, open_storage
 from sweep.driver.packing import calibration_lines, disturbance
 from sweep.driver.patience import PATIENCE_S, Patience, StorageError
 from sweep.driver.phase import run_phase, why_not
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
-from sweep.driver.progress import Progress, snapshot, start_tally
-from sweep.driver.provenance import describe_session
-from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question, write_question
+from sweep.driver.progress import Progress, is_complete, snapshot, start_tally
+from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question
 from sweep.driver.session import Session, warn
-from sweep.driver.takeup import match_trials, refuse_other_inputs, take_up
+from sweep.driver.takeup import refuse_other_inputs, take_up
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.report.truncation import truncation_lines
@@ -41,10 +40,12 @@ def run_study(
     work: Work = Work(),
     listen: Callable[[Progress], None] = lambda progress: None,
     patience_s: float = PATIENCE_S,
+    checkpoints: str = "",
 ) -> None:
     """Run a study, or take it up where it stopped; once it is finished, change nothing.
 
     patience_s: how long a call waits for a storage that does not answer.
+    checkpoints: folder or URL where they go; "" for where they have been, the home at first.
 
     Failed trials do not end it: the journal tells of them. Raises Busy, QuestionChanged, StorageError, OSError where
     the home cannot be written, FieldError where model or data cannot be read or have changed, and what `work.prepare`
@@ -54,35 +55,19 @@ def run_study(
         known = read_study_record(folder)
         if known.prepared is not None:  # until then nothing has run, and the question may still be mended
             refuse_other_question(study, folder)
-        if known.finished_at is not None:
+        if is_complete(study, known):
             listen(_finished(study, known))
             return
         setup = study.setup(str(cache))
         if known.prepared is not None:
             refuse_other_inputs(executor, work, setup, known.prepared)
         name_holder(lock)
-        tally = start_tally(study, known.trials, known.finalists)
-        patience = Patience(storage_url, patience_s, lambda message: listen(snapshot(tally, message)))
-        began = append(folder.journal, "started", **describe_session())
-        ledger = open_ledger(study, open_storage(patience), known.started_at or began, patience)
-        write_question(study, folder)
-        records = match_trials(ledger, known.trials)
-        session = Session(
-            study=study,
-            folder=folder,
-            executor=executor,
-            work=work,
-            setup=setup,
-            ledger=ledger,
-            listen=listen,
-            tally=tally,
-            records=records,
-            warnings=set(known.warnings),
-        )
+        patience = Patience(storage_url, patience_s)
+        session = begin(study, folder, executor, work, setup, known, checkpoints, patience, listen)
         take_up(session)
-        session.tally.steps_left = steps_ahead(study, records, known.finalists)
+        session.tally.steps_left = steps_ahead(study, session.records, known.finalists)
         prepared = known.prepared or _prepare(session)
-        forecast = known.forecast if records or known.forecast else _forecast(session, prepared)
+        forecast = known.forecast if session.records or known.forecast else _forecast(session, prepared)
         slots = search_slots(study, forecast.doubtful if forecast else ())
         pack_size = run_phase(session, prepared, forecast, slots, study.search.keep, prepared.pack_size)
         finalists = known.finalists or _choose(session, slots)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 from sweep.driver.interrupts import heed
@@ -56,14 +55,14 @@ def decide(pack: Pack, error: Exception, shared: bool) -> Decision:
 
 def call(executor: Executor, doing: str, fn: Callable[..., Any], *args: Any) -> Any:
     """fn(*args), run by a worker; where that is lost another takes over, and after three WorkerLost is raised."""
-    for losses in count(1):
+    reason = ""
+    for _ in range(LOSSES):
         try:
             return executor.submit(fn, *args).result()
         except WorkerLost as error:
             heed()
-            if losses == LOSSES:
-                raise WorkerLost(f"the worker was lost {LOSSES} times while {doing}: {error}") from None
-    raise AssertionError
+            reason = str(error)
+    raise WorkerLost(f"the worker was lost {LOSSES} times while {doing}: {reason}")
 
 
 def _after_loss(pack: Pack, error: WorkerLost) -> Decision:
@@ -77,12 +76,9 @@ def _after_loss(pack: Pack, error: WorkerLost) -> Decision:
         again = tuple(replace(half, losses=1) for half in halves(pack))
         return Decision(f"the worker of {who} was lost again, and they are tried in halves: {why}", again)
     if lost.losses < LOSSES:
-        whose = "their" if len(pack.slots) > 1 else "its"
         last = len(pack.slots) == 1 and lost.losses == LOSSES - 1
         again = (_apart(lost) if last else lost,)
-        return Decision(
-            f"{who} lost {whose} worker and {'are' if whose == 'their' else 'is'} tried again: {why}", again
-        )
+        return Decision(f"the worker of {who} was lost, and another tries again: {why}", again)
     reason = f"its worker was lost {LOSSES} times: {why}"
     return Decision(f"{who} failed: {reason}", (), FAILED, reason)
 

@@ -15,6 +15,7 @@ from sqlalchemy.exc import NoSuchModuleError
 
 from sweep.driver.interrupts import sleep, uninterrupted
 from sweep.driver.patience import (
+    UNREADABLE,
     Patience,
     StorageError,
     Trouble,
@@ -63,7 +64,7 @@ def open_storage(patience: Patience) -> BaseStorage:
         try:
             backend = _open_backend(url, options)
         except Exception as error:
-            if find_cause(error) is None:
+            if find_cause(error) is None and not isinstance(error, UNREADABLE):
                 raise _cannot_open(patience, error) from None
             raise
         raise_at_once(backend.engine)

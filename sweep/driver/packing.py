@@ -11,6 +11,14 @@ from sweep.study.records import Prepared
 
 
 @dataclass(frozen=True)
+class Rebuild:
+    """Why a trial is trained anew to a step that it has been at, and where it goes from there."""
+
+    then: int
+    damage: str
+
+
+@dataclass(frozen=True)
 class Pack:
     """Slots whose trials go from `start` to `stop` together."""
 
@@ -19,6 +27,8 @@ class Pack:
     stop: int
     losses: int = 0  # of workers that trained it
     exclusive: bool = False  # with nothing else in training
+    rebuild: Rebuild | None = None  # of a single trial, from step 0
+    rebuilds: int = 0  # of its trial's checkpoint at this rung
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from sweep.driver.interrupts import sleep
 from sweep.study.credentials import without_credentials
+from sweep.study.errors import in_one_line
 from sweep.tracking.connection import database_url
 
 T = TypeVar("T")
@@ -32,6 +33,10 @@ PASSING_STATES = ("08", "57P01", "57P02", "57P03", "57P05", "53300", "40001", "4
 ANSWERED = ("FATAL", "no password supplied", "denied")
 PASSING_ANSWERS = ("starting up", "shutting down", "recovery", "too many", "connection slots", "not yet accepting")
 MADE_BY_ANOTHER = ("42P07", "23505", "42710")  # a table, row or type that another driver made a moment before
+
+
+# What Optuna raises where no SQL fails, but a byte of a value has changed.
+UNREADABLE = (LookupError, TypeError, ValueError, AssertionError)
 
 
 class StorageError(RuntimeError):
@@ -78,6 +83,8 @@ def patiently(patience: Patience, call: Callable[[bool], T]) -> T:
             raise
         except Exception as error:
             found = find_cause(error)
+            if found is None and isinstance(error, UNREADABLE):
+                raise damaged(patience, in_one_line(error)) from error
             if found is None:
                 raise
             if not _passes(found):
@@ -141,10 +148,13 @@ def lost_the_race(error: BaseException) -> bool:
 
 
 def damaged(patience: Patience, cause: str) -> StorageError:
-    """For a file that is no longer what was written."""
+    """For a storage that does not hold what was written into it."""
+    if patience.url.startswith("sqlite"):
+        mend = "move the file away"
+    else:
+        mend = "remove the study there (optuna delete-study)"
     return StorageError(
-        f"{patience.shown} is damaged ({cause}): move the file away, and the same command makes the study there anew "
-        "from its journals"
+        f"{patience.shown} is damaged ({cause}): {mend}, and the same command makes the study anew from its journals"
     )
 
 

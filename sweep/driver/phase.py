@@ -9,17 +9,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sweep.driver.checkpoints import remove_half_written
-from sweep.driver.failures import call, decide, is_passing
+from sweep.driver.failures import Decision, call, decide, is_passing
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group
 from sweep.driver.interrupts import heed
 from sweep.driver.packing import Pack, Ready, at_most, name_trials, plan_packs
 from sweep.driver.patience import StorageError
 from sweep.driver.plan import Slot
 from sweep.driver.pricing import allowed_seconds
+from sweep.driver.rebuild import set_apart, take_rebuilt
 from sweep.driver.session import Session, ask, can_ask, end, settle
-from sweep.study.errors import WorkerLost, in_one_line, is_out_of_memory, was_killed
+from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
+
+LOOK_FOR_WORKERS_EVERY = 5.0  # seconds, while packs wait
 
 
 @dataclass
@@ -119,12 +121,15 @@ def _enqueue(phase: Phase, packs: list[Pack] | tuple[Pack, ...]) -> None:
 def _submit(phase: Phase, pack: Pack) -> Future[Any]:
     """Ask those of the pack's trials that are new, and start its rung."""
     session = phase.session
-    trials = tuple(ask(session, slot).spec for slot in pack.slots)
+    records = [ask(session, slot) for slot in pack.slots]
+    trials, last = tuple(record.spec for record in records), [record.last for record in records]
+    saved = tuple(rung.saved for rung in last if rung is not None and rung.saved is not None) if pack.start else ()
     tally = session.tally
     tally.session_start = tally.session_start or time.monotonic()
     tally.running += len(trials)
     session.say(f"training {name_trials(pack)} from step {pack.start} to {pack.stop}")
-    unit = Unit(session.setup, phase.prepared, trials, pack.start, pack.stop, _is_tested(session, pack))
+    tested = _is_tested(session, pack)
+    unit = Unit(session.setup, phase.prepared, trials, pack.start, pack.stop, tested, saved)
     return session.executor.submit(session.work.train_rung, unit)
 
 
@@ -142,8 +147,10 @@ def _allowed_seconds(phase: Phase, pack: Pack) -> float | None:
 
 
 def _wait(phase: Phase) -> Set[Future[Any]]:
-    """The futures that have ended, at least one unless a pack's time is over: then its worker is ended."""
+    """The futures that have ended: none where a pack's time is over, and its worker is ended, or more may have come."""
     dues = [running.due for running in phase.running.values() if running.due is not None]
+    if phase.ready or phase.packs:
+        dues.append(time.monotonic() + LOOK_FOR_WORKERS_EVERY)
     timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
     finished, _ = wait(phase.running, timeout, FIRST_COMPLETED)
     heed()  # before an error that an interrupt was turned into counts as a trial's
@@ -160,20 +167,17 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
     session.tally.running -= len(pack.slots)
     if error is not None and not isinstance(error, Exception):
         raise error  # an interrupt that reached the worker
-    if error is None:
+    if error is None and pack.rebuild is None:
         for slot, measurement in zip(pack.slots, future.result(), strict=True):
             settle(session, slot.name, measurement)
         message = f"{name_trials(pack)} reached step {pack.stop}"
-    elif is_passing(error):
+    elif error is not None and is_passing(error):
         phase.trouble = error
         session.say(f"{name_trials(pack)} cannot go on: {in_one_line(error)}")
         return
     else:
-        decision = decide(pack, error, shared=phase.slots > 1)
+        decision = _decide(phase, pack, future)
         message = decision.message
-        if isinstance(error, WorkerLost):
-            for slot in pack.slots:
-                remove_half_written(session.folder.trial(session.records[slot.name].spec.number))
         if decision.most is not None:
             phase.pack_size = min(phase.pack_size, decision.most)
             phase.packs = deque(part for queued in phase.packs for part in at_most(queued, phase.pack_size))
@@ -185,6 +189,16 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
     for slot in pack.slots:
         _leave_rung(phase, slot)
     session.say(message)
+
+
+def _decide(phase: Phase, pack: Pack, future: Future[Any]) -> Decision:
+    session, error = phase.session, future.exception()
+    if error is None:
+        return take_rebuilt(session, phase.prepared, pack, future.result()[0])
+    if isinstance(error, Damaged):
+        return set_apart(pack, error, session.records)
+    assert isinstance(error, Exception)
+    return decide(pack, error, shared=phase.slots > 1)
 
 
 def _spare_unfit(phase: Phase, pack: Pack) -> tuple[Pack, list[Slot]]:
@@ -216,9 +230,8 @@ def _no_room(phase: Phase, slot: Slot) -> str | None:
         call(session.executor, f"probing {key}", session.work.probe, session.setup, phase.prepared, slot.arm)
     except Exception as error:
         heed()
-        return (
-            f"does not fit on this device ({why_not(error)})" if is_out_of_memory(error) or was_killed(error) else None
-        )
+        if is_out_of_memory(error) or was_killed(error):
+            return f"does not fit on this device ({why_not(error)})"
     return None
 
 

@@ -63,6 +63,12 @@ def start_tally(study: Study, records: Iterable[TrialRecord], finalists: Finalis
     return tally
 
 
+def is_complete(study: Study, record: StudyRecord) -> bool:
+    """Whether it was finished and every trial that it planned is still there: one that was removed is trained anew."""
+    confirm = count_confirm_trials(study, len(record.finalists)) if record.finalists else 0
+    return record.finished_at is not None and len(record.trials) >= count_search_trials(study) + confirm
+
+
 def planned_trials(study: Study, record: StudyRecord) -> int:
     """Trials of the whole study, as `Progress.total` tells them."""
     if record.finished_at is not None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import sweep
 from sweep.report.words import without_paths
 
 SECONDS = 10  # for another program to answer
+PACKAGES = ("optuna", "mlflow", "torch", "transformers", "tokenizers", "datasets", "numpy", "peft", "safetensors")
 TO_LAST_PART = re.compile(r"(^|=)~?/.*/")  # an absolute path, blanks and all
 STORAGE = re.compile(r"(.*=)?(storage|checkpoints)=")  # --set storage=URL, or --set=storage=URL in one word
 
@@ -32,6 +34,21 @@ def describe_session() -> dict[str, Any]:
         "versions": _versions(),
     }
     return {name: value for name, value in told.items() if value}
+
+
+def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What a study goes on with that it did not begin with; None where all is the same. MLflow only looks on."""
+    changed = [
+        f"{name} {then[name]} → {now[name]}"
+        for name in sorted(then.keys() & now.keys() - {"mlflow"})
+        if then[name] != now[name]
+    ]
+    if not changed:
+        return None
+    return (
+        f"the study goes on with other versions than it began with ({', '.join(changed)}): trials from before and "
+        "after may differ by more than their settings"
+    )
 
 
 def shown_command(words: list[str]) -> str:
@@ -100,7 +117,7 @@ def _cpu_model() -> str:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "sweep": sweep.__version__}
-    for name in ("optuna", "mlflow"):
+    for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +15,11 @@ from sweep.driver.sampling import LEARNING, draw_rate
 from sweep.driver.storage import Ledger, create_trial, report, tell
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
+from sweep.study.arms import Arm
 from sweep.study.home import StudyFolder
 from sweep.study.records import COMPLETE, DIVERGED, INFEASIBLE, Measurement, Setup, TrialSpec
 from sweep.study.schema import Range, Study
+from sweep.tracking.clock import now
 from sweep.tracking.journal import Rung, TrialRecord, append, append_asked, append_end, append_rung
 
 
@@ -34,6 +35,7 @@ class Session:
     tally: Tally
     records: dict[str, TrialRecord]  # by slot name: what is known of every trial asked so far
     warnings: set[str]  # already in the journal
+    place: str = ""  # folder or URL of this study's checkpoints, a folder for each trial; "": the trials' own folders
     ran: set[str] = field(default_factory=set)  # cost keys of which a trial has reached a rung
     unfit: dict[str, int] = field(default_factory=dict)  # cost key → the trial that found out that it does not fit
     trouble: list[StorageError] = field(default_factory=list)  # Optuna's storage is away: the study stops at the rung
@@ -80,8 +82,7 @@ def ask(session: Session, slot: Slot) -> TrialRecord:
     if slot.name not in session.records:
         rate = slot.rate if slot.rate is not None else _draw(session, slot)
         number = create_trial(session.ledger, slot.arm, rate, slot.phase, slot.seed, slot.name)
-        folder = str(session.folder.trial(number))
-        start_record(session, slot.name, TrialSpec(number, slot.arm, rate, slot.seed, slot.phase, folder))
+        start_record(session, slot.name, number, slot.arm, rate, slot.seed, slot.phase)
     return session.records[slot.name]
 
 
@@ -96,10 +97,12 @@ def can_ask(session: Session, slot: Slot) -> bool:
     return all(record is not None and (record.rungs or record.state is not None) for record in earlier)
 
 
-def start_record(session: Session, slot: str, spec: TrialSpec) -> None:
+def start_record(session: Session, slot: str, number: int, arm: Arm, rate: float, seed: int, phase: str) -> None:
     """Give a trial that Optuna knows its journal."""
+    folder, place = str(session.folder.trial(number)), f"{session.place}/{number}" if session.place else ""
+    spec = TrialSpec(number, arm, rate, seed, phase, folder, place)
     append_asked(spec)
-    session.records[slot] = TrialRecord(spec, time.time())
+    session.records[slot] = TrialRecord(spec, now())
 
 
 @uninterrupted()
@@ -107,7 +110,7 @@ def settle(session: Session, slot: str, measurement: Measurement) -> None:
     """Take up what a rung found for one trial."""
     record = session.records[slot]
     append_rung(record.spec, measurement)
-    record = replace(record, rungs=(*record.rungs, Rung(time.time(), measurement)))
+    record = replace(record, rungs=(*record.rungs, Rung(now(), measurement)))
     session.records[slot] = record
     session.learn(record)
     count_rung(session.tally, record, measurement)
@@ -134,7 +137,7 @@ def end(session: Session, slot: str, state: str, reason: str = "") -> None:
     """End a trial."""
     record = session.records[slot]
     append_end(record.spec, state, reason)
-    record = replace(record, state=state, reason=reason, ended_at=time.time())
+    record = replace(record, state=state, reason=reason, ended_at=now())
     session.records[slot] = record
     session.learn(record)
     session.tally.ends[state] += 1

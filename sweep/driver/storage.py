@@ -17,7 +17,6 @@ from sweep.driver.patience import Patience, StorageError, patiently
 from sweep.driver.plan import rate_bounds
 from sweep.driver.sampling import RATE
 from sweep.study.arms import Arm, pattern_text
-from sweep.study.errors import in_one_line
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED
 from sweep.study.schema import Study
 
@@ -45,15 +44,7 @@ class Ledger:
 
 def list_trials(ledger: Ledger) -> list[FrozenTrial]:
     """Every trial, by number. Reads them all: once, when the study is taken up. Raises StorageError."""
-    try:
-        return patiently(ledger.patience, lambda again: ledger.study.get_trials(deepcopy=False))
-    except (LookupError, TypeError, ValueError) as error:  # no SQL fails where a byte of a value has changed
-        name = ledger.study.study_name
-        raise StorageError(
-            f"{ledger.patience.shown} holds trials of {name!r} that cannot be read ({in_one_line(error)}): remove that "
-            f"study (optuna delete-study --study-name {name} --storage URL), and the same command makes it anew from "
-            "its journals"
-        ) from None
+    return patiently(ledger.patience, lambda again: ledger.study.get_trials(deepcopy=False))
 
 
 def create_trial(ledger: Ledger, arm: Arm, rate: float, phase: str, seed: int, slot: str) -> int:
@@ -80,7 +71,7 @@ def create_trial(ledger: Ledger, arm: Arm, rate: float, phase: str, seed: int, s
 
     trial_id = patiently(ledger.patience, create)
     if _trial_id(ledger, number) != trial_id:
-        patiently(ledger.patience, lambda again: ledger.storage.set_trial_state_values(trial_id, TrialState.FAIL))
+        patiently(ledger.patience, lambda again: _withdraw(ledger, trial_id))
         raise StorageError(
             f"somebody else creates trials in Optuna's study {ledger.study.study_name!r}: "
             "let only one home run it, and run the command again"
@@ -113,6 +104,14 @@ def tell(ledger: Ledger, number: int, state: str, loss: float | None, reason: st
 
     with suppress(UpdateFinishedTrialError):
         patiently(ledger.patience, end)
+
+
+def _withdraw(ledger: Ledger, trial_id: int) -> None:
+    """End a trial that should not have been created; without a slot it is nobody's."""
+    with suppress(UpdateFinishedTrialError):
+        ledger.storage.set_trial_user_attr(trial_id, "slot", None)
+        ledger.storage.set_trial_user_attr(trial_id, "reason", "created while another driver ran the study")
+        ledger.storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
 def _find_trial(ledger: Ledger, number: int) -> FrozenTrial | None:

@@ -18,16 +18,34 @@ if TYPE_CHECKING:
 class ExecutorName(StrEnum):
     inline = "inline"
     local = "local"
+    ray = "ray"
 
 
 def open_executor(name: ExecutorName, study: Study) -> tuple[Executor, str]:
-    """The executor, and what it has in a line. Raises FieldError where the study's `resources` do not go with it."""
+    """The executor, and what it has in a line.
+
+    Raises FieldError where the study's `resources` do not go with it, NoWorkers where there is no Ray cluster.
+    """
     if name is ExecutorName.inline:
         refuse_resources(study.resources)
         return InlineExecutor(), "trials run in this process"
+    if name is ExecutorName.ray:
+        from sweep.execution.ray import RayExecutor
+
+        cluster = RayExecutor(study.resources, os.environ.get("RAY_ADDRESS"), seconds_without_workers())
+        return cluster, cluster.describe()
     cores, gpus = len(os.sched_getaffinity(0)), visible_gpus()
     environments = local_environments(study.resources, gpus, cores, os.environ.get("OMP_NUM_THREADS"))
     return LocalExecutor(environments), describe(environments)
+
+
+def seconds_without_workers() -> float:
+    """How long a study waits for a node when the last one is gone. Raises FieldError."""
+    given = os.environ.get("SWEEP_SECONDS_WITHOUT_WORKERS", "120")
+    try:
+        return float(given)
+    except ValueError:
+        raise FieldError(("SWEEP_SECONDS_WITHOUT_WORKERS", f"must be a number of seconds, not {given!r}")) from None
 
 
 def refuse_resources(resources: Resources | None) -> None:
@@ -37,7 +55,8 @@ def refuse_resources(resources: Resources | None) -> None:
         del asked["workers"]
     if asked:
         key = next(iter(asked))
-        raise FieldError((f"resources.{key}", "needs workers: run it with --executor local, or leave it out"))
+        message = "asks for workers in processes of their own: run it with --executor local or ray, or leave it out"
+        raise FieldError((f"resources.{key}", message))
 
 
 def local_environments(
@@ -58,15 +77,14 @@ def local_environments(
     if share:
         room = len(gpus) * int(1 / share)
         if asked is not None and asked > room:
-            message = f"{asked} workers with {share:g} of a GPU each are more than the {len(gpus)} here hold ({room})"
+            holds = f"the {_count(len(gpus), 'GPU')} here {'holds' if len(gpus) == 1 else 'hold'}"
+            message = f"{_count(asked, 'worker')} with {share:g} of a GPU each are more than {holds} ({room})"
             raise FieldError(("resources.workers", message))
         workers = asked or room
     else:
         workers = asked or max(1, len(gpus))
     if cpus is not None and workers * cpus > cores:
-        message = (
-            f"{workers} {'worker' if workers == 1 else 'workers'} with {cpus:g} each are more than the {cores} here"
-        )
+        message = f"{cpus:g} for each of {_count(workers, 'worker')} are more than the {_count(cores, 'core')} here"
         raise FieldError(("resources.cpus", message))
     threads = max(1, int(cpus) if cpus is not None else cores // workers)
     if omp_threads is not None and omp_threads.isdigit() and int(omp_threads) > 0:

@@ -13,7 +13,7 @@ def visible_gpus() -> list[str]:
 
     Of a GPU that is divided (MIG), its instances.
     """
-    here = parse_gpus(_ask_nvidia_smi())
+    here = parse_gpus(ask_nvidia_smi())
     outer = os.environ.get("CUDA_VISIBLE_DEVICES")
     if outer is None or not here:
         return here
@@ -38,7 +38,7 @@ def parse_gpus(listing: str) -> list[str]:
     return [name for names in found for name in names]
 
 
-def _ask_nvidia_smi() -> str:
+def ask_nvidia_smi() -> str:
     """Its list of devices, or as much as the kernel's driver tells."""
     smi = shutil.which("nvidia-smi")
     if smi is not None:

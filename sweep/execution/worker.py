@@ -76,11 +76,9 @@ def as_sent(error: BaseException) -> Exception:
     torch's own count as such, since the other side may not have torch, and need not load it.
     """
     if isinstance(error, Exception) and type(error).__module__.split(".")[0] != "torch":
-        try:
+        with suppress(Exception):  # whatever its own pickling does
             if type(pickle.loads(pickle.dumps(error))) is type(error):
                 return error
-        except Exception:  # whatever its own pickling does
-            pass
     return RuntimeError(in_one_line(error))
 
 

@@ -29,6 +29,7 @@ from sweep.report.traps import (
 from sweep.report.truncation import truncation_warnings
 from sweep.report.words import join, plural, rate, without_paths
 from sweep.study.arms import Arm, arms_of_ranks
+from sweep.study.errors import Damaged
 from sweep.study.finalists import count_confirm_trials, count_search_trials
 from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE
 from sweep.study.schema import Study, rate_values
@@ -66,6 +67,7 @@ def find(study: Study, record: StudyRecord) -> Findings:
     full = next((r for r in results if r.arm.is_full), None)
     to_full = power([_paired(r, full) for r in results if full and not r.arm.is_full], epsilon)
     trials = {r.arm.name: confirm_trials(record, r.arm) for r in results}
+    test_rows, unread = _test_rows(record, results)
     findings = Findings(
         arms=tuple(results),
         search=rows,
@@ -82,7 +84,8 @@ def find(study: Study, record: StudyRecord) -> Findings:
         warnings=(
             *cautions(study, results, recommended, {r.arm.name: paired_interval(r, recommended) for r in results}),
             *few_seeds(study, found),
-            *small_test_set(study, results, reference, {r.arm.name: _test_rows(record, r) for r in results}),
+            *small_test_set(study, results, reference, test_rows),
+            *unread,
             *edge_warnings(edges),
             *same_effective_rate(rows),
             *still_falling(study, results, trials),
@@ -260,10 +263,20 @@ def _recommend(results: Sequence[ArmResult], study: Study, rows: Sequence[Search
     return None
 
 
-def _test_rows(record: StudyRecord, result: ArmResult) -> list[dict[str, np.ndarray]]:
-    """One for each of the result's seeds, in their order."""
-    by_seed = {t.spec.seed: t for t in confirm_trials(record, result.arm)}
-    return read_test_rows([by_seed[seed] for seed in result.seeds])
+def _test_rows(
+    record: StudyRecord, results: Sequence[ArmResult]
+) -> tuple[dict[str, list[dict[str, np.ndarray]]], list[str]]:
+    """By arm, one for each of its seeds in their order; and a warning for each arm whose rows cannot be read."""
+    found, warnings = {}, []
+    for result in results:
+        by_seed = {t.spec.seed: t for t in confirm_trials(record, result.arm)}
+        try:
+            found[result.arm.name] = read_test_rows([by_seed[seed] for seed in result.seeds])
+        except (Damaged, OSError) as error:
+            found[result.arm.name] = []
+            why = f"{result.arm.name}: whether the test set is large enough cannot be told: {error}"
+            warnings.append(without_paths(why))
+    return found, warnings
 
 
 def _best_trial(record: StudyRecord, arm: Arm) -> int | None:

@@ -53,6 +53,11 @@ def kept_address(address: str) -> str:
     return IN_PAIR.sub(rf"\1{CUT}", IN_QUERY.sub(rf"\1{CUT}", address))
 
 
+def holds_secret(url: str) -> bool:
+    """Whether a URL has a password in it, a key or a token. A name before an @ is none: it may be a container's."""
+    return kept_address(url) != url or KEYS.search(url) is not None
+
+
 def _user_cut(scheme: str, rest: str) -> str:
     """What stays of a URL up to its last @, which is nothing where all of it is user and password."""
     if _has_password(scheme, rest):

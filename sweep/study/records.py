@@ -158,6 +158,15 @@ class TrialSpec:
     seed: int
     phase: str
     folder: str
+    place: str = ""  # folder or URL of its checkpoints, where that is not `folder`; it holds no credentials
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as the journal knows it: nothing else is ever read or gone on from."""
+
+    name: str  # its folder, relative to the trial's
+    sha256: str  # of its checkpoint.json, which holds the digests of its files
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,7 @@ class Unit:
     start: int
     stop: int
     test: bool  # evaluate on the test split too (the last rung of the confirm phase)
+    checkpoints: tuple[Saved, ...] = ()  # that the trials go on from, in their order; none at step 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,12 @@ class Measurement:
     # Where the study asks about forgetting, in the confirm phase:
     forgetting_loss: float | None = None  # on the text of the source domain, after the rung
     eval_loss_at_start: float | None = None  # of the first rung: validation loss before any step
+    checkpoint_sha256: str = ""  # see `Saved`
+
+    @property
+    def saved(self) -> Saved | None:
+        """The rung's checkpoint; None when the trial diverged."""
+        return Saved(self.checkpoint, self.checkpoint_sha256) if self.checkpoint else None
 
 
 @dataclass(frozen=True)

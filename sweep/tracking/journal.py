@@ -1,23 +1,23 @@
 """The journal on disk: one JSON object a line, appended and synced; the truth about measurements.
 
 A study's journal tells what was prepared, what each arm was forecast to cost and what it costs, and which arms went to
-the confirm phase; a trial's journal its rungs and its end. A torn last line was never acknowledged and is cut off.
+the confirm phase; a trial's journal its rungs and its end. How lines are written and checked: `lines`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sweep.study.home import StudyFolder
 from sweep.study.records import (
+    COMPLETE,
+    SEARCH,
     Cost,
     Measurement,
     Prepared,
+    Saved,
     StudyForecast,
     TrialSpec,
     cost_from_json,
@@ -27,6 +27,20 @@ from sweep.study.records import (
     to_json,
     trial_from_json,
 )
+from sweep.tracking.lines import JournalError, append, read_events
+
+__all__ = ["JournalError", "Rung", "StudyRecord", "TrialRecord", "append", "read_events", "read_study_record"]
+
+
+# Events of a study's journal that can be done without, and what each told.
+FOUND_OUT_AGAIN = {
+    "started": "when the command began, on which machine and with which versions, which is lost",
+    "forecast": "what the arms were expected to cost, which is lost",
+    "cost": "what an arm costs alone, which is measured again",
+    "finalists": "the finalists, which are chosen again from the same search",
+    "warning": "a warning, which is lost",
+    "finished": "that the study is complete, which is found out again",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,15 @@ class TrialRecord:
     @property
     def last(self) -> Measurement | None:
         return self.rungs[-1].measurement if self.rungs else None
+
+    @property
+    def kept(self) -> Saved | None:
+        """The checkpoint that the trial goes on from or is exported from; it has one while it may still need it."""
+        if self.last is None or self.state not in (None, COMPLETE):
+            return None
+        if self.state == COMPLETE and self.spec.phase == SEARCH and self.spec.arm.is_full:
+            return None  # a whole model, and never exported
+        return self.last.saved
 
     @property
     def train_curve(self) -> list[tuple[int, float]]:
@@ -86,22 +109,7 @@ class StudyRecord:
     sessions: tuple[tuple[float, float], ...] = ()  # (start, last event) of each run of the command
     forecast: StudyForecast | None = None  # from before the first trial
     provenance: tuple[dict[str, Any], ...] = ()  # what each of them told: see `sweep.driver.provenance`
-
-
-def append(path: Path, event: str, **values: Any) -> float:
-    """Write one event and wait until it is on the disk; returns its time.
-
-    Raises OSError when it cannot be written (disk full, read-only).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    line = json.dumps({"event": event, "time": now, **values}, allow_nan=False).encode() + b"\n"
-    with open(path, "ab+") as file:
-        _cut_torn_line(file)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    return now
+    place: str = ""  # folder or URL of its checkpoints, with a folder for each trial; "": the trials' own folders
 
 
 def append_asked(spec: TrialSpec) -> None:
@@ -112,6 +120,11 @@ def append_rung(spec: TrialSpec, measurement: Measurement) -> None:
     append(trial_journal(spec), "rung", measurement=to_json(measurement))
 
 
+def append_rebuilt(spec: TrialSpec, step: int, saved: Saved, why: str) -> None:
+    """The trial's checkpoint at this step, its last, was damaged, and another stands in its place."""
+    append(trial_journal(spec), "rebuilt", step=step, checkpoint=saved.name, checkpoint_sha256=saved.sha256, reason=why)
+
+
 def append_end(spec: TrialSpec, state: str, reason: str = "") -> None:
     append(trial_journal(spec), "end", state=state, reason=reason)
 
@@ -120,39 +133,35 @@ def trial_journal(spec: TrialSpec) -> Path:
     return Path(spec.folder) / "journal.jsonl"
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All acknowledged events; none where there is no journal. Raises ValueError where a line inside is damaged."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    events = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            raise ValueError(
-                f"{path}: line {number} is damaged; restore the file or remove that trial's folder"
-            ) from None
-    return events
-
-
-def read_trial(folder: Path) -> TrialRecord | None:
-    events = read_events(folder / "journal.jsonl")
+def read_trial(folder: Path, place: str = "") -> TrialRecord | None:
+    """All that is known of the trial. place: where its checkpoints lie. Raises JournalError."""
+    events = read_events(folder / "journal.jsonl", _mend_trial)
     if not events:
         return None
-    spec = trial_from_json({**events[0]["trial"], "folder": str(folder)})  # the home may have moved
+    spec = trial_from_json({**events[0]["trial"], "folder": str(folder), "place": place})  # the home may have moved
     rungs: list[Rung] = []
     state, reason, ended_at = None, "", None
     for event in events[1:]:
         if event["event"] == "rung":
             rungs.append(Rung(event["time"], measurement_from_json(event["measurement"])))
+        elif event["event"] == "rebuilt":
+            rungs = [rebuilt(rung, event["step"], _saved(event)) for rung in rungs]
         elif event["event"] == "end":
             state, reason, ended_at = event["state"], event["reason"], event["time"]
     return TrialRecord(spec, events[0]["time"], tuple(rungs), state, reason, ended_at)
 
 
+def rebuilt(rung: Rung, step: int, saved: Saved) -> Rung:
+    """The rung, with another checkpoint where it ends at this step; what was measured stays."""
+    if rung.measurement.stop != step:
+        return rung
+    measurement = replace(rung.measurement, checkpoint=saved.name, checkpoint_sha256=saved.sha256)
+    return replace(rung, measurement=measurement)
+
+
 def read_study_record(folder: StudyFolder) -> StudyRecord:
+    """All that the journals of a study and its trials tell. Raises JournalError where one is damaged."""
+    place = ""
     prepared: Prepared | None = None
     forecast: StudyForecast | None = None
     costs: dict[str, Cost] = {}
@@ -161,7 +170,7 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
     finished_at: float | None = None
     sessions: list[tuple[float, float]] = []
     provenance: list[dict[str, Any]] = []
-    events = read_events(folder.journal)
+    events = read_events(folder.journal, _mend_study)
     for event in events:
         kind = event["event"]
         if kind == "started":
@@ -178,12 +187,15 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
             finalists = tuple((arm, rate) for arm, rate in event["finalists"])
         elif kind == "warning":
             warnings.append(event["message"])
+        elif kind == "checkpoints":
+            place = event["place"]
         elif kind == "finished":
             finished_at = event["time"]
         if sessions:
             sessions[-1] = (sessions[-1][0], event["time"])
     numbers = sorted(int(p.name) for p in folder.trials.iterdir() if p.name.isdigit()) if folder.trials.is_dir() else []
-    trials = [record for number in numbers if (record := read_trial(folder.trial(number)))]
+    places = {number: f"{place}/{number}" if place else "" for number in numbers}
+    trials = [record for number in numbers if (record := read_trial(folder.trial(number), places[number]))]
     told = [rung.time for trial in trials for rung in trial.rungs] + [t.ended_at for t in trials if t.ended_at]
     return StudyRecord(
         folder,
@@ -197,6 +209,7 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
         _with_trials(sessions, told),
         forecast,
         tuple(provenance),
+        place,
     )
 
 
@@ -209,14 +222,18 @@ def _with_trials(sessions: list[tuple[float, float]], told: list[float]) -> tupl
     )
 
 
-def _cut_torn_line(file: Any) -> None:
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return
-    file.seek(size - 1)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    whole = file.read().rfind(b"\n") + 1
-    file.truncate(whole)
-    file.seek(whole)
+def _saved(event: dict[str, Any]) -> Saved:
+    return Saved(event["checkpoint"], event["checkpoint_sha256"])
+
+
+def _mend_trial(path: Path, number: int, event: str) -> str:
+    """What to do about a damaged line of a trial's journal."""
+    return f"remove the folder {path.parent} and run the study again: the trial is trained anew, the others stay"
+
+
+def _mend_study(path: Path, number: int, event: str) -> str:
+    """What to do about a damaged line of a study's journal."""
+    if event in FOUND_OUT_AGAIN:
+        lost = f"it told {FOUND_OUT_AGAIN[event]}"
+        return f"{lost}; remove that line (sed -i {number}d {path}) and run the study again"
+    return f"restore it from a backup; without one, remove the folder {path.parent} and run the study anew"

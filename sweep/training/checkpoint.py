@@ -1,12 +1,10 @@
-"""Checkpoints: all that a trial needs to go on. Safetensors and JSON in a folder that appears whole or not at all."""
+"""Checkpoints: all that a trial needs to go on, as tensors. `tracking.store` keeps their files and checks them."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WEIGHTS, OPTIMIZER, INFO = "weights.safetensors", "optimizer.safetensors", "checkpoint.json"
-TEST_ROWS = "test-rows.safetensors"
+from sweep.study.errors import Damaged
+from sweep.study.records import Saved, TrialSpec
+from sweep.tracking.store import INFO, OPTIMIZER, TEST_ROWS, WEIGHTS, opened, save
 
 
 @dataclass(frozen=True)
@@ -27,53 +26,49 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
 
 
-def checkpoint_name(step: int) -> str:
-    """Its folder, relative to the trial's."""
-    return f"checkpoints/{step}"
+def save_checkpoint(
+    trial: TrialSpec, checkpoint: Checkpoint, info: dict[str, Any], test_rows: dict[str, Tensor] | None = None
+) -> Saved:
+    """Write a checkpoint, and with it the trial's losses of the test rows, row by row.
+
+    Raises OSError (disk full, read-only, a URL that cannot be reached).
+    """
+
+    def write(folder: Path) -> None:
+        _save(checkpoint.weights, folder / WEIGHTS)
+        _save(checkpoint.optimizer, folder / OPTIMIZER)
+        if test_rows is not None:
+            _save(test_rows, folder / TEST_ROWS)
+
+    return save(trial, checkpoint.step, info, write)
 
 
-def save_checkpoint(trial_folder: Path, checkpoint: Checkpoint, info: dict[str, Any]) -> str:
-    """Write a checkpoint and return its folder relative to the trial's. Raises OSError (disk full, read-only)."""
-    name = checkpoint_name(checkpoint.step)
-    folder = trial_folder / name
-    half = folder.parent / f".tmp-{checkpoint.step}-{os.getpid()}"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    _save(checkpoint.weights, half / WEIGHTS)
-    _save(checkpoint.optimizer, half / OPTIMIZER)
-    (half / INFO).write_text(json.dumps({"step": checkpoint.step, **info}, indent=1))
-    for file in half.iterdir():
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    if folder.exists():  # from a rung whose measurement never reached the journal
-        shutil.rmtree(folder)
-    os.replace(half, folder)
-    _sync_folder(folder.parent)
-    return name
+def load_checkpoint(trial: TrialSpec, saved: Saved) -> Checkpoint:
+    """Raises Damaged where it is not as it was written."""
+    with opened(trial, saved, (WEIGHTS, OPTIMIZER)) as folder:
+        step = json.loads((folder / INFO).read_bytes())["step"]
+        return Checkpoint(step, _load(trial, folder / WEIGHTS), _load(trial, folder / OPTIMIZER))
 
 
-def save_test_rows(trial_folder: Path, rows: dict[str, Tensor]) -> str:
-    """Write a trial's losses row by row, beside its journal; returns the file's name there. Raises OSError."""
-    half = trial_folder / f".tmp-{TEST_ROWS}"
-    _save(rows, half)
-    os.replace(half, trial_folder / TEST_ROWS)
-    return TEST_ROWS
-
-
-def load_checkpoint(trial_folder: Path, step: int) -> Checkpoint:
-    folder = trial_folder / checkpoint_name(step)
-    return Checkpoint(step, load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER))
-
-
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The trained tensors of a checkpoint folder."""
-    return load_file(folder / WEIGHTS)
+def load_weights(trial: TrialSpec, saved: Saved) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint. Raises Damaged."""
+    with opened(trial, saved, (WEIGHTS,)) as folder:
+        return _load(trial, folder / WEIGHTS)
 
 
 def load_some_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Those of a checkpoint folder's trained tensors that are named; the others are not read."""
+    """Those of an opened checkpoint's trained tensors that are named; the others are not read."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
+
+
+def _load(trial: TrialSpec, path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # with the right digest: so it was written
+        raise Damaged(
+            f"the checkpoint of trial {trial.number}: {path} holds no tensors ({error})", trial.number
+        ) from None
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -82,11 +77,3 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:  # how its Rust side tells of a full disk
         number = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, " ".join(str(error).split()), str(path)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,10 +20,11 @@ from sweep.lora.passes import ForwardPass
 from sweep.lora.prefix import init_prefix
 from sweep.lora.readout import read_first_position
 from sweep.study.arms import Arm
-from sweep.study.records import CONFIRM, Measurement, Prepared, Setup, TrainSettings, TrialSpec, Unit
+from sweep.study.records import CONFIRM, Measurement, Prepared, Saved, Setup, TrainSettings, TrialSpec, Unit
+from sweep.tracking.store import TEST_ROWS, try_place
 from sweep.training.base import Base, adapter_of, load_base, target_layers
 from sweep.training.batches import AnyBatch, collate, split_batch, step_rows
-from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_test_rows
+from sweep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sweep.training.data import AnySplit, TokenisedData, load_data
 from sweep.training.forgetting import (
     LanguageModel,
@@ -101,14 +101,17 @@ class PackTrainee:
 def train_rung(unit: Unit) -> tuple[Measurement, ...]:
     """Train the unit's trials from step `start` to `stop`, evaluate them and write their checkpoints.
 
-    Returns a measurement a trial, in the unit's order. Raises FieldError where model or data can't be used.
+    Returns a measurement a trial, in the unit's order. Raises FieldError where model or data can't be used, Damaged
+    where a checkpoint is not as it was written, OSError where one cannot be read or written.
     """
     began = time.perf_counter()
     setup = unit.setup
     data = tokenised(setup)
+    try_place(unit.trials[0])
     order = pack_order([_modules_and_rank(trial) for trial in unit.trials])
     trials = [unit.trials[i] for i in order]
-    trainee = start_trainee(setup, unit.prepared, trials, unit.start)
+    checkpoints = [unit.checkpoints[i] for i in order] if unit.start else []
+    trainee = start_trainee(setup, unit.prepared, trials, unit.start, checkpoints)
     forgets = setup.forgetting is not None and all(trial.phase == CONFIRM for trial in trials)
     try:
         fresh = held_out_scores(trainee, data.validation, setup, unit.prepared) if forgets and not unit.start else None
@@ -149,14 +152,17 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
             if alive_KS[k].all() and np.isfinite(held_out).all():
                 weights, moments = trainee.states(k)
                 info = {"arm": trial.arm.name, "learning_rate": trial.learning_rate, "seed": trial.seed}
+                rows = row_losses(passes, k) if passes else None
+                saved = save_checkpoint(trial, Checkpoint(unit.stop, weights, moments), info, rows)
                 measurement = replace(
                     measurement,
                     eval_loss=scores[k]["loss"],
                     eval_metrics=_named("eval", scores[k]),
                     test_metrics={"test_loss": tests[k]["loss"], **_named("test", tests[k])} if tests else {},
-                    checkpoint=save_checkpoint(Path(trial.folder), Checkpoint(unit.stop, weights, moments), info),
+                    checkpoint=saved.name,
+                    checkpoint_sha256=saved.sha256,
                     diverged_at=None,
-                    test_rows=save_test_rows(Path(trial.folder), row_losses(passes, k)) if passes else "",
+                    test_rows=f"{saved.name}/{TEST_ROWS}" if passes else "",
                     forgetting_loss=source[k] if source else None,
                     eval_loss_at_start=fresh[k]["loss"] if fresh and np.isfinite(fresh[k]["loss"]) else None,
                 )
@@ -167,10 +173,12 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
     return tuple(replace(found[trial.number], pack_seconds=seconds) for trial in unit.trials)
 
 
-def start_trainee(setup: Setup, prepared: Prepared, trials: list[TrialSpec], start: int) -> Trainee:
-    """The trials at step `start`: fresh from their seeds, or from their checkpoints."""
+def start_trainee(
+    setup: Setup, prepared: Prepared, trials: list[TrialSpec], start: int, saved: Sequence[Saved] = ()
+) -> Trainee:
+    """The trials at step `start`: fresh from their seeds, or from their checkpoints. Raises Damaged."""
     train, base = setup.train, base_for(setup, prepared, trials[0].arm)
-    checkpoints = [load_checkpoint(Path(trial.folder), start) for trial in trials] if start else []
+    checkpoints = [load_checkpoint(t, s) for t, s in zip(trials, saved, strict=True)] if start else []
     if trials[0].arm.is_full:
         weights, moments = (checkpoints[0].weights, checkpoints[0].optimizer) if start else (None, None)
         return start_full(base, trials[0].seed, recipe(train, trials[0]), train.optimizer, start, weights, moments)

@@ -1,0 +1,74 @@
+"""A worker's process in a Ray cluster: how it is placed, what it does, and how Ray tells of its end."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from sweep import __version__
+from sweep.execution.ray_nodes import Node, Plan, cpus_of_worker
+from sweep.execution.worker import answer
+
+
+class Actor:
+    """A worker's process. It sees to its environment before torch is imported."""
+
+    def __init__(self, folder: str, gpus: float):
+        with suppress(OSError):  # where it is there, the study's relative paths mean what they mean to the driver
+            os.chdir(folder)
+        if not gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    def version(self) -> str:
+        return __version__
+
+    def run(self, request: bytes) -> bytes:
+        return answer(request)
+
+
+def settle(future: Future[Any], done: Future[bytes]) -> None:
+    """End a unit's future in what its worker answered."""
+    try:
+        value, error = pickle.loads(done.result())
+    except Exception as unreadable:
+        value, error = None, RuntimeError(last_line(unreadable))
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
+
+
+def place_actor(plan: Plan, node: Node) -> Any:
+    """An actor that starts on this node as soon as that has what the plan says. Raises nothing: its calls do."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options = {
+        "num_cpus": cpus_of_worker(plan, node),
+        "num_gpus": plan.gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+    }
+    return ray.remote(Actor).options(**options).remote(os.getcwd(), plan.gpus)
+
+
+def how_it_ended(error: BaseException, node: Node) -> str:
+    """Ray's long account of an actor's end in a few words."""
+    told = str(error)
+    if "node has died" in told or "node was terminated" in told:
+        return f"its Ray node {node.address} is gone"
+    if type(error).__name__ == "ActorUnavailableError":
+        return f"the connection to its Ray node {node.address} broke"
+    if "process has died" in told:
+        return f"its process on {node.address} ended: killed, perhaps for want of memory, or crashed"
+    return last_line(error)
+
+
+def last_line(error: BaseException) -> str:
+    """That which says most in an error with somebody's trace-back in it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

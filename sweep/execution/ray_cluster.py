@@ -1,0 +1,159 @@
+"""Joining a Ray cluster, or starting one on this machine for as long as the command runs; and leaving it."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sweep.execution.ray_nodes import Node
+from sweep.study.errors import NoWorkers
+
+OBJECT_STORE_BYTES = 100 * 2**20  # units and measurements are small; tensors stay in files
+SECONDS_TO_ANSWER = 5
+LONGEST_FOLDER = 40  # Ray's sockets lie in it, and the path of a socket has at most 107 characters
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# What Ray reads when it is imported.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # what its daemons tell every driver would tear the live table
+}
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # its only switch that makes 127.0.0.1 a node's address
+IMPATIENT = {
+    "RAY_gcs_server_port_wait_time_s": "1",  # tries to get in; one takes 40 s where a stranger listens
+    "RAY_gcs_server_request_timeout_seconds": str(2 * SECONDS_TO_ANSWER),  # to find the node on this machine
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    head: str  # HOST:PORT
+    own_node: str  # the id of that which the driver is attached to
+    local: bool  # ours alone
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[Cluster]:
+    """The cluster whose head is at HOST:PORT, or one of our own without an address.
+
+    Our own listens on 127.0.0.1 alone, wants a token that nobody else has, and is stopped at the end with all that it
+    wrote. To be entered in a thread: in the main one Ray takes SIGTERM for itself. Its daemons end with that thread.
+    Raises NoWorkers where there is no cluster, or none that takes us.
+    """
+    # Daemons and threads that Ray starts from here leave both to the driver, also where a whole group gets them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    own = not address or address == "local"
+    _default(QUIET)
+    with _own() if own else _existing(str(address)) as cluster:
+        yield cluster
+
+
+def list_nodes() -> list[Node]:
+    """Those that are alive. Blocks while the head does not answer."""
+    import ray
+
+    return [
+        Node(node["NodeID"], node["NodeManagerAddress"], found.get("CPU", 0.0), found.get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"] and (found := node["Resources"])
+    ]
+
+
+def answers(place: str) -> bool:
+    """Whether somebody takes connections at HOST:PORT."""
+    host, _, port = place.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER):
+            return True
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
+@contextmanager
+def _own() -> Iterator[Cluster]:
+    # Set for good: later clusters of this process have the same, and Ray reads some of it only once.
+    _default({**ON_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    usual = tempfile.gettempdir()
+    short = usual if len(usual) < LONGEST_FOLDER - len("/sweep-ray-12345678") else "/tmp"  # noqa: S108 - mkdtemp is safe
+    folder = tempfile.mkdtemp(prefix="sweep-ray-", dir=short)
+    try:
+        with _connected(
+            "no Ray starts on this machine",
+            address="local",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+        ) as context:
+            yield Cluster(context.gcs_address, context.get_node_id(), local=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _existing(address: str) -> Iterator[Cluster]:
+    if not re.fullmatch(r"[^/\s]+:\d+", address):
+        raise NoWorkers("RAY_ADDRESS: give HOST:PORT of the head, and run the command on a node of the cluster")
+    if not answers(address):
+        raise NoWorkers(f"RAY_ADDRESS: no Ray cluster answers at {address}; start its head, or unset it for one here")
+    if address.rpartition(":")[0].strip("[]") in LOOPBACK:  # else Ray asks at this machine's outside address
+        _default(ON_LOOPBACK)
+    _default(IMPATIENT)
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        _default({"RAY_AUTH_MODE": "token"})
+    with _connected(f"the Ray cluster at {address} does not take this command", address=address) as context:
+        yield Cluster(context.gcs_address, context.get_node_id(), local=False)
+
+
+@contextmanager
+def _connected(refused: str, **options: Any) -> Iterator[Any]:
+    """Ray's context. Raises NoWorkers."""
+    try:
+        import ray
+    except ImportError as error:
+        raise NoWorkers("--executor ray needs Ray: pip install 'lora-sweep[ray]'") from error
+    try:
+        try:
+            with _no_stderr():
+                ray.init(log_to_driver=False, logging_level="CRITICAL", **options)
+        except Exception as error:
+            raise NoWorkers(f"{refused}: {_why(error)}") from error
+        yield ray.get_runtime_context()
+    finally:
+        ray.shutdown(wait_for_processes=True)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Ray's own part writes there, a line for each try, and knows no other way to be silent."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _why(error: BaseException) -> str:
+    """What a user can do about an error of ray.init."""
+    text = f"{error} {error.__cause__ or ''}"
+    if "InvalidAuthToken" in text or type(error).__name__ == "AuthenticationError":
+        return "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of its nodes"
+    if "No node info found" in text:
+        return "none of its nodes is on this machine; start one here (`ray start --address=HOST:PORT`), or go to one"
+    return " ".join(str(error).split())[:300]
+
+
+def _default(wanted: Mapping[str, str]) -> None:
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)

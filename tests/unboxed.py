@@ -1,0 +1,284 @@
+"""The services of docker-compose.yml without containers: their own commands and environments, wired the same way.
+
+What an engine would give to each is given by other means: an address and free ports (127.a.b.c), folders for volumes,
+a home and a temp folder of its own, and an end to all of its processes at once. Nothing else of the file is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from postgres_image import as_nobody, make_cluster, postgres_programs, server_words
+from servers import free_port
+
+MARK = "UNBOXED"  # in the environment of every process of a box: what an engine knows by its control group
+PGDATA = "/var/lib/postgresql/data"
+# Container's own address as a shell's `ray` must be told it: it would look for one that the outside can reach.
+SHIM = """#!/bin/sh
+[ "$1" = start ] && shift && exec {ray} start --node-ip-address={address} "$@"
+exec {ray} "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Box:
+    """One container of a service, unboxed."""
+
+    name: str
+    service: Mapping[str, Any]
+    words: tuple[str, ...]
+    env: Mapping[str, str]
+    health: tuple[str, ...]
+    address: str
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+
+def unbox(config: Mapping[str, Any], root: Path) -> dict[str, list[Box]]:
+    """The boxes of every service of a resolved compose file. `root` must have a short name, for Ray's sockets."""
+    services: dict[str, Any] = config["services"]
+    texts = "\n".join(texts_of(services))
+    block = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
+    ports = {name: sorted(_ports_of(name, service, texts)) for name, service in services.items()}
+    mapped = {(name, port): free_port() for name in services for port in ports[name]}
+    boxes: dict[str, list[Box]] = {}
+    addresses = {name: f"{block}.{10 * index + 1}" for index, name in enumerate(services)}
+    for name, service in services.items():
+        for volume in sorted(service.get("volumes", []), key=lambda volume: len(volume["target"])):
+            _mount(root, volume)
+        boxes[name] = []
+        for number in range(service.get("scale", 1)):
+            address = _plus(addresses[name], number)
+            folder = root / f"{name}-{number + 1}"
+
+            def told(text: str, name: str = name, service: Mapping[str, Any] = service, address: str = address) -> str:
+                return _unboxed(text, name, service, address, addresses, mapped, root)
+
+            words = [told(word) for word in [*(service.get("entrypoint") or []), *(service.get("command") or [])]]
+            check = service.get("healthcheck", {}).get("test", ["NONE"])
+            boxes[name].append(
+                Box(
+                    name=folder.name,
+                    service=service,
+                    words=tuple(words),
+                    env=_environment(folder, address, {k: told(v) for k, v in service["environment"].items()}),
+                    health=tuple(told(word) for word in check[1:]),
+                    address=address,
+                    folder=folder,
+                )
+            )
+        if service["image"].startswith("postgres:"):
+            boxes[name] = [_as_image_starts(box, config, mapped[name, 5432], root) for box in boxes[name]]
+    return boxes
+
+
+def with_command(box: Box, *words: str) -> Box:
+    """As `docker compose run SERVICE WORDS`: another command behind the same entrypoint."""
+    keep = len(box.service.get("entrypoint") or [])
+    return replace(box, words=(*box.words[:keep], *words))
+
+
+def up(boxes: Mapping[str, Sequence[Box]], *services: str) -> dict[str, subprocess.Popen[bytes]]:
+    """Start the services, each once those it depends on are as it wants them. Returns every box's first process."""
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    for name in in_order({name: each[0].service for name, each in boxes.items()}, services):
+        for box in boxes[name]:
+            for other, wanted in box.service.get("depends_on", {}).items():
+                if other not in boxes and not wanted["required"]:
+                    continue
+                assert wanted["condition"] == "service_healthy", wanted
+                for each in boxes[other]:
+                    wait_healthy(each, started.get(each.name))
+            started[box.name] = start(box)
+    return started
+
+
+def start(box: Box) -> subprocess.Popen[bytes]:
+    (box.folder / "tmp").mkdir(parents=True, exist_ok=True)
+    lower = as_nobody() if box.service["image"].startswith("postgres:") else {}
+    cwd = box.service.get("working_dir")
+    with open(box.log, "ab") as log:
+        return subprocess.Popen(
+            box.words,
+            env=dict(box.env),
+            cwd=box.env["MOUNTS"] + cwd if cwd else "/",
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            **lower,
+        )
+
+
+def wait_healthy(box: Box, first: subprocess.Popen[bytes] | None = None) -> None:
+    """Until the service's own health check passes, within the time that it allows."""
+    check = box.service["healthcheck"]
+    allowed = _seconds(check["start_period"]) + check["retries"] * _seconds(check["interval"])
+    deadline = time.monotonic() + allowed
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            found = subprocess.run(
+                box.health, env=dict(box.env), capture_output=True, check=False, timeout=_seconds(check["timeout"])
+            )
+            if found.returncode == 0:
+                return
+        alive = first is None or first.poll() is None
+        assert alive and time.monotonic() < deadline, f"{box.name} is not healthy:\n{box.log.read_text()[-4000:]}"
+        time.sleep(0.5)
+
+
+def processes_in(box: Box) -> list[psutil.Process]:
+    """All that were started in the box and live, daemons too."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == str(box.folder):
+                found.append(process)
+    return found
+
+
+def kill(box: Box) -> None:
+    """As `docker kill`, a power cut, or the end of a container's first process: all at once, with no word."""
+    while found := processes_in(box):
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, timeout=5)
+
+
+def stop(box: Box, first: subprocess.Popen[bytes], seconds: float = 20) -> list[psutil.Process]:
+    """As `docker stop`: a signal to the first process, then an end to all. Returns what had to be killed."""
+    number = signal.SIGINT if box.service["image"].startswith("postgres:") else signal.SIGTERM  # as its image says
+    if first.poll() is None:
+        first.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            first.wait(seconds)
+    deadline = time.monotonic() + 5  # children that the first one has told to end
+    while (left := processes_in(box)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    kill(box)
+    first.wait(5)
+    return left
+
+
+def texts_of(found: Any) -> Iterator[str]:
+    if isinstance(found, Mapping):
+        for value in found.values():
+            yield from texts_of(value)
+    elif isinstance(found, list):
+        for value in found:
+            yield from texts_of(value)
+    elif isinstance(found, str):
+        yield found
+
+
+def _ports_of(name: str, service: Mapping[str, Any], texts: str) -> set[int]:
+    """What others reach it by, as NAME:PORT anywhere in the file, and what it publishes."""
+    named = {int(port) for port in re.findall(rf"(?<![\w.-]){name}:(\d+)", texts)}
+    return named | {int(port["target"]) for port in service.get("ports", [])}
+
+
+def _unboxed(
+    text: str,
+    name: str,
+    service: Mapping[str, Any],
+    address: str,
+    addresses: Mapping[str, str],
+    mapped: Mapping[tuple[str, int], int],
+    root: Path,
+) -> str:
+    for (other, port), free in mapped.items():
+        text = re.sub(rf"(?<![\w.-]){other}:{port}(?!\d)", f"{addresses[other]}:{free}", text)
+    text = re.sub(r"(?<![\w.])(0\.0\.0\.0|127\.0\.0\.1|localhost)(?![\w.])", address, text)
+    for (other, port), free in mapped.items():
+        if other == name:
+            text = re.sub(rf"(?<!\d){port}(?!\d)", str(free), text)
+    for volume in service.get("volumes", []):
+        text = re.sub(rf"(?<![\w./-]){volume['target']}(?![\w.-])", f"{root}{volume['target']}", text)
+    return text
+
+
+def _mount(root: Path, volume: Mapping[str, Any]) -> None:
+    place = Path(f"{root}{volume['target']}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if volume["type"] == "volume":
+        place.mkdir(exist_ok=True)
+    elif not place.exists():
+        place.symlink_to(volume["source"])
+
+
+def _environment(folder: Path, address: str, own: Mapping[str, str]) -> dict[str, str]:
+    """Nothing of ours but where programs are; what the service says goes over it."""
+    programs = folder / "bin"
+    programs.mkdir(parents=True)
+    venv = Path(sys.executable).parent
+    (programs / "ray").write_text(SHIM.format(ray=venv / "ray", address=address))
+    (programs / "ray").chmod(0o755)
+    path = [programs, venv, postgres_programs(), "/usr/bin", "/bin"]
+    passed = {name: os.environ[name] for name in ("PYTHONPATH", "HF_HUB_OFFLINE") if name in os.environ}
+    return {
+        "PATH": ":".join(map(str, path)),
+        "LANG": "C.UTF-8",
+        "HOME": str(folder),
+        "TMPDIR": f"{folder}/tmp",
+        "RAY_TMPDIR": f"{folder}/tmp",
+        "MOUNTS": str(folder.parent),
+        MARK: str(folder),
+        **passed,
+        **own,
+    }
+
+
+def _as_image_starts(box: Box, config: Mapping[str, Any], port: int, root: Path) -> Box:
+    """What the official image does before it starts the server: the data folder, user, database and scripts."""
+    env, data = box.env, Path(f"{root}{PGDATA}")
+    scripts = [
+        config["configs"][entry["source"]]["content"]
+        for entry in box.service.get("configs", [])
+        if entry["target"].startswith("/docker-entrypoint-initdb.d/")
+    ]
+    make_cluster(data, env["POSTGRES_USER"], env["POSTGRES_PASSWORD"], env["POSTGRES_DB"], scripts)
+    assert not box.words, "the image's own command is meant"
+    return replace(box, words=tuple(server_words(data, box.address, port)), env={**env, "PGPORT": str(port)})
+
+
+def in_order(services: Mapping[str, Any], wanted: Sequence[str] = ()) -> list[str]:
+    """The services that are wanted (all) and all that they need, each after those that it depends on."""
+    order: list[str] = []
+
+    def add(name: str) -> None:
+        for other in services[name].get("depends_on", {}):
+            if other in services:
+                add(other)
+        if name not in order:
+            order.append(name)
+
+    for name in wanted or services:
+        add(name)
+    return order
+
+
+def _plus(address: str, number: int) -> str:
+    block, _, last = address.rpartition(".")
+    return f"{block}.{int(last) + number}"
+
+
+def _seconds(duration: str) -> float:
+    """Of "1m30s", as `docker compose config` writes durations."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    return sum(float(value) * units[unit] for value, unit in re.findall(r"([\d.]+)([hms])", duration))
