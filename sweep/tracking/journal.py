@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,11 @@ class Rung:
     time: float  # seconds since the epoch, when it was written
     measurement: Measurement
 
+    @property
+    def train_curve(self) -> list[tuple[int, float]]:
+        """(step, training loss), a point a step."""
+        return list(enumerate(self.measurement.train_loss, start=self.measurement.start + 1))
+
 
 @dataclass(frozen=True)
 class TrialRecord:
@@ -57,11 +65,7 @@ class TrialRecord:
     @property
     def train_curve(self) -> list[tuple[int, float]]:
         """(step, training loss), a point a step."""
-        return [
-            (rung.measurement.start + i + 1, loss)
-            for rung in self.rungs
-            for i, loss in enumerate(rung.measurement.train_loss)
-        ]
+        return [point for rung in self.rungs for point in rung.train_curve]
 
     @property
     def eval_curve(self) -> list[tuple[int, float]]:
@@ -86,6 +90,17 @@ class StudyRecord:
     sessions: tuple[tuple[float, float], ...] = ()  # (start, last event) of each run of the command
     forecast: StudyForecast | None = None  # from before the first trial
     provenance: tuple[dict[str, Any], ...] = ()  # what each of them told: see `sweep.driver.provenance`
+
+    def trials_of(self, phase: str, arm: str) -> Sequence[TrialRecord]:
+        """An arm's trials in one phase, by number."""
+        return self._by_arm.get((phase, arm), ())
+
+    @cached_property
+    def _by_arm(self) -> Mapping[tuple[str, str], Sequence[TrialRecord]]:
+        found: dict[tuple[str, str], list[TrialRecord]] = defaultdict(list)
+        for trial in self.trials:
+            found[trial.spec.phase, trial.spec.arm.name].append(trial)
+        return dict(found)
 
 
 def append(path: Path, event: str, **values: Any) -> None:
