@@ -37,6 +37,13 @@ def mark_mean(axes: Axes, x: float, mean: float, low: float | None, high: float 
     axes.plot([x], [mean], "o", color=colour, ms=7.5, mec=WHITE, mew=1)
 
 
+def mark_means(axes: Axes, x: Sequence[float], results: Sequence[ArmResult], colour: str) -> None:
+    """Means as `mark_mean` draws one: hundreds as two shapes."""
+    ends = [(at, y) for at, r in zip(x, results, strict=True) for y in (r.loss_low, r.loss_high, None)]
+    axes.plot([at for at, _ in ends], [y for _, y in ends], color=colour, lw=2, solid_capstyle="round")
+    axes.plot(x, [r.loss_mean for r in results], "o", color=colour, ms=7.5, mec=WHITE, mew=1)
+
+
 def mark_seeds(axes: Axes, x: float, losses: Sequence[float], colour: str) -> None:
     """Each seed as a faint dot."""
     axes.plot([x] * len(losses), losses, "o", color=colour, alpha=0.4, ms=4.5, mew=0)
