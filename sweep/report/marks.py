@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -39,7 +40,10 @@ def mark_mean(axes: Axes, x: float, mean: float, low: float | None, high: float 
 
 def mark_means(axes: Axes, x: Sequence[float], results: Sequence[ArmResult], colour: str) -> None:
     """Means as `mark_mean` draws one: hundreds as two shapes."""
-    ends = [(at, y) for at, r in zip(x, results, strict=True) for y in (r.loss_low, r.loss_high, None)]
+    gap = math.nan  # between two intervals, and in place of one that is not known
+    ends = [
+        (at, gap if y is None else y) for at, r in zip(x, results, strict=True) for y in (r.loss_low, r.loss_high, gap)
+    ]
     axes.plot([at for at, _ in ends], [y for _, y in ends], color=colour, lw=2, solid_capstyle="round")
     axes.plot(x, [r.loss_mean for r in results], "o", color=colour, ms=7.5, mec=WHITE, mew=1)
 
