@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import worker_units as units
 from commands import sweep
-from worker_units import is_alive, wait_for, workers
+from worker_units import is_alive, parent_of, wait_for, workers
 
 from sweep.execution import devices
 from sweep.execution.choose import ExecutorName, describe, local_environments, open_executor
@@ -132,10 +132,11 @@ def test_a_worker_that_dies_is_lost_with_the_reason_in_words_and_replaced(dies: 
 
 def test_a_worker_that_dies_takes_no_other_with_it(tmp_path: Path) -> None:
     with workers(2) as executor:
-        sibling = executor.submit(units.sleep_a_little, tmp_path)
+        sibling = executor.submit(units.wait_for_a_word, tmp_path)
         wait_for(lambda: any(tmp_path.iterdir()), "the sibling")
         lost(executor, units.die, signal.SIGKILL)
         assert not sibling.done(), "it is still at it"
+        (tmp_path / "go").touch()
         assert is_alive(sibling.result())
 
 
@@ -166,23 +167,43 @@ def test_ending_a_unit_that_is_over_ends_nothing(tmp_path: Path) -> None:
     with workers(1) as executor:
         over = executor.submit(units.pid)
         before = over.result()
-        other = executor.submit(units.sleep_a_little, tmp_path)
+        other = executor.submit(units.wait_for_a_word, tmp_path)
         wait_for(lambda: any(tmp_path.iterdir()), "the next unit")
         executor.end(over, "too late")
+        (tmp_path / "go").touch()
         assert other.result() == before
 
 
 def test_ctrl_c_does_not_end_a_worker(tmp_path: Path) -> None:
     with workers(1) as executor:
-        unit = executor.submit(units.sleep_a_little, tmp_path)
+        unit = executor.submit(units.wait_for_a_word, tmp_path)
         wait_for(lambda: any(tmp_path.iterdir()), "the unit")
-        os.kill(int(next(tmp_path.iterdir()).name), signal.SIGINT)
-        assert unit.result() == int(next(tmp_path.iterdir()).name)
+        pid = int(next(tmp_path.iterdir()).name)
+        os.kill(pid, signal.SIGINT)
+        (tmp_path / "go").touch()
+        assert unit.result() == pid
 
 
 def test_a_worker_may_have_children() -> None:
     with workers(1) as executor:
         assert executor.submit(units.sum_in_a_child).result() == 3
+
+
+@pytest.mark.parametrize("ends", ["is ended", "is killed", "is shut down"])
+def test_a_worker_takes_its_children_with_it(tmp_path: Path, ends: str) -> None:
+    """Even those that watch for nothing, and do so at once."""
+    with workers(1) as executor:
+        unit = executor.submit(units.sleep_with_a_child, tmp_path)
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2, "both")
+        pids = sorted(int(path.name) for path in tmp_path.iterdir())
+        if ends == "is ended":
+            executor.end(unit, "enough")
+        elif ends == "is killed":
+            os.kill(next(pid for pid in pids if parent_of(pid) == os.getpid()), signal.SIGKILL)
+        else:
+            executor.shutdown()
+        assert isinstance(unit.exception(timeout=20), WorkerLost)
+        wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 5)
 
 
 def test_shutdown_stops_every_worker_at_once(tmp_path: Path) -> None:
@@ -314,7 +335,7 @@ def test_a_wrong_combination_is_refused_in_one_line_that_names_the_field(tmp_pat
     study = Path("studies/quickstart.yaml").absolute()
     done = sweep("run", str(study), "--home", "home", "--set", "resources.workers=2", cwd=tmp_path)
     assert done.returncode == 2
-    reason = "asks for workers in processes of their own: run it with --executor local, or leave it out"
+    reason = "asks for workers in processes of their own: run it with --executor local or ray, or leave it out"
     assert done.stderr == f"--set: resources.workers: {reason}\n"
     for asked in ("workers=0", "gpus=1.5", "gpus=-1", "cpus=0", "seconds_per_rung=0", "wrkers=1", "workers=1.5"):
         done = sweep("run", str(study), "--home", "home", "--set", f"resources.{asked}", cwd=tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
@@ -22,7 +21,7 @@ from fakes import fake_work, fingerprints, forecast, make_study, prepare, probe,
 from hypothesis import given
 from hypothesis import strategies as st
 from test_packing import ready_trials, slot
-from worker_units import packs_seen, wait_for, with_fault, workers
+from worker_units import packs_seen, with_fault, workers
 
 from sweep.driver.failures import LOSSES, decide
 from sweep.driver.packing import Pack, Ready, plan_packs
@@ -343,11 +342,3 @@ def leave_half(mark: Path, unit: Unit) -> tuple[Measurement, ...]:
         (Path(unit.trials[0].folder) / "checkpoints" / ".tmp-1-77").mkdir(parents=True)
         units.die(signal.SIGKILL)
     return train_rung(unit)
-
-
-def test_a_worker_that_the_driver_did_not_start_is_nobodys_child() -> None:
-    assert os.getpid() in units.family(os.getpid())
-    with workers(1) as executor:
-        pid = executor.submit(units.pid).result()
-        assert pid in units.family(os.getpid())
-    wait_for(lambda: pid not in units.family(os.getpid()), "its end")

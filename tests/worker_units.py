@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -100,10 +101,23 @@ def begin_and_sleep(folder: Path) -> None:
     time.sleep(600)
 
 
+def wait_for_a_word(folder: Path) -> int:
+    """Until there is a file `go`."""
+    (folder / str(os.getpid())).touch()
+    wait_for((folder / "go").exists, "the word to go on")
+    return os.getpid()
+
+
 def sleep_a_little(folder: Path) -> int:
     (folder / str(os.getpid())).touch()
     time.sleep(0.5)
     return os.getpid()
+
+
+def sleep_with_a_child(folder: Path) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    (folder / str(child.pid)).touch()
+    begin_and_sleep(folder)
 
 
 def sum_in_a_child() -> int:
@@ -128,19 +142,11 @@ def is_alive(number: int) -> bool:
         return False
 
 
-def family(number: int) -> set[int]:
-    """The living processes below one, and itself."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    found = {number}
-    while below := {child for child, parent in parents.items() if parent in found} - found:
-        found |= below
-    return {one for one in found if is_alive(one)}
+def parent_of(number: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 HOW = {
@@ -174,3 +180,20 @@ def packs_seen(marks: Path) -> list[tuple[bool, int, list[str]]]:
     """Of each pack that a worker began: whether it ended badly, the step it began at, the arms."""
     rows = [path.read_text().split() for path in sorted(marks.iterdir())]
     return [(row[0] == "1", int(row[1]), row[3:]) for row in rows]
+
+
+def train_but(error: str, arm: str, unit: Unit) -> tuple[Measurement, ...]:
+    """Really trains, but packs with a trial of the arm."""
+    from sweep.training.rung import train_rung
+
+    if arm in [trial.arm.name for trial in unit.trials]:
+        if error == "no memory":
+            import torch
+
+            torch.empty(2**50)
+        HOW[error]()
+    return train_rung(unit)
+
+
+def lose(*args: Any) -> None:
+    die(signal.SIGKILL)

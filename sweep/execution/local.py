@@ -18,6 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_ready
 from multiprocessing.process import BaseProcess
 from queue import LifoQueue
 from typing import Any
@@ -126,7 +127,7 @@ class LocalExecutor:
             if self._closed or call.ended is not None:
                 raise WorkerLost(call.ended or "stopped")
             call.worker = worker
-            if worker.process is None or not worker.process.is_alive():
+            if _is_dead(worker):
                 _bury(worker)
                 try:
                     _start(worker)
@@ -172,17 +173,24 @@ def _start(worker: Worker) -> None:
 
 
 def _kill(worker: Worker | None) -> None:
-    if worker is not None and worker.process is not None:
+    """The worker, and at the same moment all that it started. Not once it has been waited for: its number is free."""
+    if worker is not None and worker.process is not None and worker.process.pid is not None:
+        with suppress(ProcessLookupError):  # it has no group of its own yet
+            os.killpg(worker.process.pid, signal.SIGKILL)
         worker.process.kill()
+
+
+def _is_dead(worker: Worker) -> bool:
+    """Told without waiting for it, as `is_alive` would."""
+    return worker.process is None or bool(wait_ready([worker.process.sentinel], 0))
 
 
 def _bury(worker: Worker) -> int | None:
     """Wait for the end of a worker that is dying or done with; returns its exit code."""
     code = None
     if worker.process is not None:
-        if worker.process.exitcode is None and worker.connection is not None:
-            worker.process.join(1.0)  # its pipe is closed: it ends by itself, in a way that is worth telling
-        worker.process.kill()
+        wait_ready([worker.process.sentinel], 1.0)  # its pipe is closed: it ends by itself, in a way worth telling
+        _kill(worker)
         worker.process.join(5.0)  # one that waits for a disk that is gone does not even die
         code = worker.process.exitcode
     if worker.connection is not None:
@@ -193,8 +201,9 @@ def _bury(worker: Worker) -> int | None:
 
 def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
     """What a worker does until its driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the driver decides
-    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()  # Ctrl-C reaches the driver's group, and the driver decides; what this worker starts ends with it
+    die_with_parent(with_group=True)
     os.environ.update(environment)
     with suppress(EOFError):
         while True:
