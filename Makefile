@@ -1,5 +1,5 @@
 # Every target installs what it needs into .venv, once; a change of the versions installs again.
-.PHONY: quickstart test check install dev clean
+.PHONY: quickstart test check audit install dev clean
 BIN := .venv/bin
 VERSIONS := pyproject.toml constraints.txt scripts/install.sh
 export PYTHON
@@ -15,6 +15,9 @@ check: .venv/.installed-dev ## style, types and the walls between the rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: .venv/.installed-dev ## known vulnerabilities of the pinned versions, where an index of them can be reached
+	$(BIN)/python scripts/audit.py
 
 install: .venv/.installed-run
 

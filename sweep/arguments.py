@@ -37,6 +37,15 @@ def confirm_code(study: Study, confirmed: bool) -> None:
         raise Refused(f"--trust-remote-code: study {study.name} does not say trust_remote_code: true; leave it out")
 
 
+def need_writable(home: Home) -> None:
+    """Raise Refused where the home cannot be written."""
+    from sweep.doctor import unwritable
+
+    reason = unwritable(home.root)
+    if reason:
+        raise Refused(f"{home.root} cannot be written ({reason}): choose another home with --home or $SWEEP_HOME")
+
+
 def is_file_name(study: str) -> bool:
     return Path(study).suffix in (".yaml", ".yml") or os.sep in study
 
@@ -59,9 +68,9 @@ def name_of(study: str, home: Home) -> str:
 
 def asked_as(study: str, home: Home) -> Study:
     """The study as it ran, whatever its file says by now."""
-    from sweep.study.file import read_study
+    from sweep.study.asked import read_kept_study
 
-    return read_study(home.study(name_of(study, home)).study_file).study
+    return read_kept_study(home.study(name_of(study, home)).study_file).study
 
 
 def ran(study: str, home: Home) -> tuple[Study, StudyRecord]:

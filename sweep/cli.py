@@ -27,13 +27,15 @@ from sweep.arguments import (
     is_file_name,
     list_studies,
     name_of,
+    need_writable,
     ran,
 )
 from sweep.comparing import commands as comparing_commands
+from sweep.dashboard import commands as dashboard_commands
 from sweep.execution.choose import ExecutorName, open_executor
-from sweep.exits import FAILED, INTERRUPTED, USAGE, Refused
+from sweep.exits import FAILED, INTERRUPTED, Refused, explain
 from sweep.study.credentials import without_credentials
-from sweep.study.errors import FieldError, first_line
+from sweep.study.errors import FieldError
 from sweep.study.home import Home, StudyFolder, find_home
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(adapter_commands)
 app.add_typer(comparing_commands)
+app.add_typer(dashboard_commands)
 
 
 def main() -> None:
@@ -64,7 +67,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        lines, code = _explain(error)
+        lines, code = explain(error)
         if os.environ.get("SWEEP_DEBUG"):
             lines = traceback.format_exc().splitlines()
         _complain("\n".join(lines))
@@ -112,7 +115,7 @@ def run(
     place = find_home(home)
     source = _read(study, place, overrides or [])
     confirm_code(source.study, trust_remote_code)
-    _need_writable(place)
+    need_writable(place)
     try:
         if dry_run:
             _dry_run(source.study, place, price_per_hour)
@@ -167,21 +170,6 @@ def report(
     _say(*findings.sentences, f"report: {folder / 'report.html'}")
 
 
-@app.command()
-def dashboard(
-    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Open on this study's experiment.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    home: HomeOption = None,
-) -> None:
-    """Serve the MLflow UI over what was tracked, on 127.0.0.1, until Ctrl-C."""
-    from sweep.dashboard import serve
-
-    place = find_home(home)
-    name = ran(study, place)[0].name if study else None
-    _need_writable(place)
-    serve(place, name, port)
-
-
 @app.command("rank-use")
 def rank_use(study: StudyName, home: HomeOption = None, trust_remote_code: ConfirmCode = False) -> None:
     """Look at how much of their rank the confirmed arms used. `sweep report` then shows it with figures."""
@@ -216,31 +204,33 @@ def doctor(home: HomeOption = None) -> None:
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     from sweep import analyses, console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
+    from sweep.driver.progress import is_complete
+    from sweep.execution.executor import Executor, InlineExecutor
     from sweep.study.errors import NoWorkers, WorkerLost
     from sweep.tracking.journal import read_study_record
     from sweep.tracking.mlflow import Projector, find_tracking
 
-    folder, (workers, there) = home.study(study.name), open_executor(executor, study)
+    folder = home.study(study.name)
+    was_complete = is_complete(study, read_study_record(folder))
+    workers: Executor = InlineExecutor()  # a complete study needs no other
     storage = os.environ.get("SWEEP_STORAGE") or study.storage or home.optuna_url
+    checkpoints = os.environ.get("SWEEP_CHECKPOINTS") or study.checkpoints or ""
     projector = Projector(study, folder, find_tracking(home))
-    was_complete = read_study_record(folder).finished_at is not None
     try:
         projector.start()
         if not was_complete:
+            workers, there = open_executor(executor, study)
             _say(there)
         with console.watching(console.console()) as listen:
-            run_study(
-                study, folder, workers, storage, home.cache, listen=(lambda progress: None) if was_complete else listen
-            )
+            silent = (lambda progress: None) if was_complete else listen
+            run_study(study, folder, workers, storage, home.cache, listen=silent, checkpoints=checkpoints)
         if was_complete:
             _say(f"study {study.name} is complete: nothing to do")
         analyses.analyse(study, folder, home.cache, _say)
         places = publishing.publish(study, folder, projector, home.cache)
-    except Busy as error:
-        raise Refused(str(error), code=FAILED) from None
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
-    except (StorageError, NoWorkers, WorkerLost) as error:
+    except (Busy, StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
         workers.shutdown()  # at once: nobody waits for what they do
@@ -289,12 +279,13 @@ def _forecast(study: Study, home: Home, an_hour: float | None) -> StudyForecast:
 
 
 def _read(study: str, home: Home, overrides: Sequence[str] = ()) -> StudyFile:
+    from sweep.study.asked import read_kept_study
     from sweep.study.file import read_study
 
     path = Path(study)
     if is_file_name(study):
         return read_study(path, overrides)
-    return read_study(home.study(name_of(study, home)).study_file, overrides)
+    return read_kept_study(home.study(name_of(study, home)).study_file, overrides)
 
 
 def _report_folder(study: Study) -> Path:
@@ -315,27 +306,6 @@ def _is_running(folder: StudyFolder) -> bool:
     except (OSError, ValueError):  # no lock, no number in it, no such process
         return False
     return False
-
-
-def _need_writable(home: Home) -> None:
-    from sweep.doctor import unwritable
-
-    reason = unwritable(home.root)
-    if reason:
-        raise Refused(f"{home.root} cannot be written ({reason}): choose another home with --home or $SWEEP_HOME")
-
-
-def _explain(error: Exception) -> tuple[Sequence[str], int]:
-    """What to print for an error, and the exit code."""
-    from sweep.study.file import StudyError
-
-    if isinstance(error, Refused):
-        return error.lines, error.code
-    if isinstance(error, StudyError):
-        return error.lines(), USAGE
-    if isinstance(error, FieldError):
-        return [f"{field}: {message}" for field, message in error.problems], USAGE
-    return [f"error: {first_line(error)}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED
 
 
 def _say(*lines: str) -> None:

@@ -101,7 +101,7 @@ def refuse_whole(study: Study) -> None:
 
 def parts_by_name(names: Iterable[str], home: Home) -> dict[str, Study]:
     """The studies as they ran, with the parts of a study over domains in its place; each once."""
-    from sweep.study.file import read_study
+    from sweep.study.asked import read_kept_study
 
-    studies = [read_study(home.study(name).study_file).study for name in names]
+    studies = [read_kept_study(home.study(name).study_file).study for name in names]
     return {part.name: part for study in studies for part in parts_of(study)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +16,7 @@ from sweep.report.results import ArmResult, Findings
 from sweep.report.statistics import find
 from sweep.report.summary import summary
 from sweep.report.words import rate
+from sweep.study.files import read_json, write_json
 from sweep.study.home import Home, StudyFolder, find_home
 from sweep.study.records import COMPLETE, CONFIRM, TrialSpec
 from sweep.study.schema import Study
@@ -40,13 +39,15 @@ class Places:
     warnings: tuple[str, ...] = ()
     whole: bool = True  # nothing went wrong: another run of the command has nothing left to do
     summary: str = ""  # Markdown, for MLflow
+    finished_at: float | None = None  # the study of which they tell
 
 
 def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path) -> Places:
     """Write report and adapter where they do not lie there yet, and bring MLflow up to date."""
-    places = _published(folder)
+    record = read_study_record(folder)
+    places = _published(folder, record.finished_at)
     if places is None:
-        places = _write(study, read_study_record(folder), cache)
+        places = _write(study, record, cache)
         if places.whole:
             _remember(places, folder)
     # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
@@ -58,19 +59,24 @@ def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path
 def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
     to = Path("reports") / study.name
     findings = write_report(study, record, to)
-    places = Places(tuple(findings.sentences), str(to.absolute()), None, summary=summary(study, findings))
+    places = Places(
+        tuple(findings.sentences),
+        str(to.absolute()),
+        None,
+        summary=summary(study, findings),
+        finished_at=record.finished_at,
+    )
     return _with_adapter(places, study, record, findings, cache)
 
 
-def _published(folder: StudyFolder) -> Places | None:
-    """What an earlier run wrote, while it still lies there."""
-    try:
-        values = json.loads(_memory(folder).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _published(folder: StudyFolder, finished_at: float | None) -> Places | None:
+    """What an earlier run wrote of the study as it was finished then, while it still lies there."""
+    values = read_json(_memory(folder))
+    if values is None:
         return None
     places = Places(**{**values, "sentences": tuple(values["sentences"]), "warnings": tuple(values["warnings"])})
     there = [Path(places.report, "report.html"), *([Path(places.adapter)] if places.adapter else [])]
-    return places if all(path.exists() for path in there) else None
+    return places if places.finished_at == finished_at and all(path.exists() for path in there) else None
 
 
 def lines(places: Places, name: str, home: Home) -> list[str]:
@@ -198,9 +204,7 @@ def _memory(folder: StudyFolder) -> Path:
 
 
 def _remember(places: Places, folder: StudyFolder) -> None:
-    half = _memory(folder).with_suffix(".tmp")
-    half.write_text(json.dumps(asdict(places)), encoding="utf-8")
-    os.replace(half, _memory(folder))
+    write_json(_memory(folder), asdict(places))
 
 
 def _command() -> str:

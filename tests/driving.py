@@ -24,7 +24,9 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing but the interpreter sees it."""
 
 
-def run(home: Home, study: Study, work: Work | None = None, executor: Any = None, url: str = "") -> list[Progress]:
+def run(
+    home: Home, study: Study, work: Work | None = None, executor: Any = None, url: str = "", checkpoints: str = ""
+) -> list[Progress]:
     heard: list[Progress] = []
     run_study(
         study,
@@ -34,6 +36,7 @@ def run(home: Home, study: Study, work: Work | None = None, executor: Any = None
         home.cache,
         work or fake_work(),
         heard.append,
+        checkpoints=checkpoints,
     )
     return heard
 

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,8 +20,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: Sequence[str], env: Mapping[str, str], health: str, log: Path) -> Iterator[None]:
-    """Run a server until the block ends; the block begins when `health` answers."""
+def running(
+    command: Sequence[str], env: Mapping[str, str], health: str, log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the block ends; the block begins when `health` answers. It leads a group of its own."""
     with open(log, "wb") as output:
         server = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
@@ -29,9 +31,10 @@ def running(command: Sequence[str], env: Mapping[str, str], health: str, log: Pa
         while not _answers(health):
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield
+        yield server
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # its own session: the workers too
+        with suppress(ProcessLookupError):  # a test may have killed it
+            os.killpg(server.pid, signal.SIGTERM)  # its own session: the workers too
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:

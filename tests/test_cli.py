@@ -19,6 +19,7 @@ from sweep import cli, console
 from sweep.driver.progress import Progress
 from sweep.driver.question import hold_lock
 from sweep.exits import Refused
+from sweep.study.asked import keep_study
 from sweep.study.file import dump_study
 from sweep.study.home import Home
 from sweep.study.records import TrialSpec
@@ -38,7 +39,7 @@ def begin_study(home: Home, name: str, ends: Sequence[str | None]) -> None:
     study = make_study(name=name)
     folder = home.study(name)
     append(folder.journal, "started", versions={})
-    folder.study_file.write_text(dump_study(study))
+    keep_study(folder.study_file, study)
     for number, end in enumerate(ends):
         spec = TrialSpec(number, study.list_arms()[0], 0.01, 0, "search", str(folder.trial(number)))
         append_asked(spec)

@@ -149,8 +149,14 @@ def test_images_are_decoded_and_prepared_once(vit: ModelPlace, tmp_path: Path, m
     assert len(decoded) == 49 + 1
     np.testing.assert_array_equal(pixels, all_pixels(again))
     damaged = next(cache.glob("pixels-*-test.npy"))
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    np.testing.assert_array_equal(pixels, all_pixels(load(folder, vit, cache)))
+    whole = damaged.read_bytes()
+    for spoiled in (whole[:200], whole[:-1], b"", whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]):
+        damaged.unlink()  # an array that maps it keeps its pixels
+        damaged.write_bytes(spoiled)
+        np.testing.assert_array_equal(pixels, all_pixels(load(folder, vit, cache)))
+    digests = next(cache.glob("images-*.json"))
+    digests.write_text(digests.read_text().replace("a", "b"))
+    assert load(folder, vit, cache).fingerprint == first.fingerprint
     picture(np.random.default_rng(9), "red").save(folder / "red" / "00.png")
     assert load(folder, vit, cache).fingerprint != first.fingerprint
 

@@ -335,7 +335,7 @@ def test_a_wrong_combination_is_refused_in_one_line_that_names_the_field(tmp_pat
     study = Path("studies/quickstart.yaml").absolute()
     done = sweep("run", str(study), "--home", "home", "--set", "resources.workers=2", cwd=tmp_path)
     assert done.returncode == 2
-    reason = "asks for workers in processes of their own: run it with --executor local, or leave it out"
+    reason = "asks for workers in processes of their own: run it with --executor local or ray, or leave it out"
     assert done.stderr == f"--set: resources.workers: {reason}\n"
     for asked in ("workers=0", "gpus=1.5", "gpus=-1", "cpus=0", "seconds_per_rung=0", "wrkers=1", "workers=1.5"):
         done = sweep("run", str(study), "--home", "home", "--set", f"resources.{asked}", cwd=tmp_path)

@@ -30,6 +30,7 @@ from sweep.lora.methods import init_adapter
 from sweep.report.rank_use import rank_use_sentences
 from sweep.report.report import write_report
 from sweep.study.arms import Arm
+from sweep.study.asked import keep_study
 from sweep.study.file import dump_study, read_study, what_changed
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM, TrialSpec, Unit
@@ -93,7 +94,7 @@ def run_confirm(study: Study, home: Home) -> StudyRecord:
                 append_rung(spec, measurement)
                 append_end(spec, "complete")
     append(folder.journal, "finished")
-    folder.study_file.write_text(dump_study(study))
+    keep_study(folder.study_file, study)
     return read_study_record(folder)
 
 
@@ -267,7 +268,7 @@ def test_the_command_says_it_and_refuses_what_it_cannot_look_at(made: Made, tmp_
     assert done.exit_code == 0 and "rank 8: effective rank" in done.stdout, done.output
     other = Home(tmp_path / "other")
     append(other.study(study.name).journal, "started")
-    other.study(study.name).study_file.write_text(dump_study(study))
+    keep_study(other.study(study.name).study_file, study)
     refused = CliRunner().invoke(app, ["rank-use", study.name, "--home", str(other.root)])
     assert isinstance(refused.exception, Refused) and "is not complete" in str(refused.exception)
     bare = StudyRecord(record.folder, (trial_of(record, "full", 1),), record.prepared)

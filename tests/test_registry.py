@@ -33,6 +33,7 @@ from sweep.tracking.models import adapter_sha, alias_of, name_problem
 QUICKSTART = Path("studies/quickstart.yaml").absolute()
 TEXTS = ["Shares fell in London after the bank cut its forecast", "A late goal won the cup"]
 CANARY = "c4n4ry"
+ROOT = "http://127.0.0.1:5000"
 
 
 @pytest.fixture
@@ -162,13 +163,13 @@ def test_a_saved_view_that_somebody_changed_stays(home: Home, study: Study, tmp_
     held = view(tracking, study)
     run = next(run for run in held.children.values() if run.data.params["phase"] == "confirm")
     assert set(shown) <= {*run.data.params, *run.data.metrics}
-    assert dashboard_address(home, 5000, study.name).endswith("&viewStateShareKey=trials")
+    assert dashboard_address(home, ROOT, study.name).endswith("&viewStateShareKey=trials")
 
     client.set_experiment_tag(experiment.experiment_id, saved_view.TAG, "changed")
     project(study, folder, tracking, **journals.write_results(tmp_path))
     assert client.get_experiment_by_name(study.name).tags[saved_view.TAG] == "changed"
     client.delete_experiment_tag(experiment.experiment_id, saved_view.TAG)
-    assert "viewStateShareKey" not in dashboard_address(home, 5000, study.name), "one that is not there is an error"
+    assert "viewStateShareKey" not in dashboard_address(home, ROOT, study.name), "one that is not there is an error"
 
 
 @pytest.fixture(scope="module")

@@ -315,7 +315,7 @@ def test_a_tracking_server_is_honoured(server: str, home: Home, study: Study, tm
     folder, results = journals.whole_study(home, study), journals.write_results(tmp_path)
     tracking = find_tracking(home)
     assert tracking == Tracking(server, None)
-    assert dashboard_address(home, 5000).startswith(f"{server}/#/experiments")
+    assert dashboard_address(home, "http://127.0.0.1:5000").startswith(f"{server}/#/experiments")
     with pytest.raises(ValueError, match=server):
         dashboard_command(home, 5000)
     project(study, folder, tracking, **results)

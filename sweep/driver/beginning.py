@@ -45,7 +45,7 @@ def begin(
     known = settle_place(checkpoints, study, known)
     ledger = open_ledger(study, open_storage(patience), known.started_at or began, patience)
     write_question(study, folder)
-    records = match_trials(ledger, known.trials)
+    records = match_trials(ledger, study, known.trials)
     session = Session(
         study=study,
         folder=folder,

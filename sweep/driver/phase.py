@@ -21,6 +21,8 @@ from sweep.driver.session import Session, ask, can_ask, end, settle
 from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
 
+LOOK_FOR_WORKERS_EVERY = 5.0  # seconds, while packs wait
+
 
 @dataclass
 class Running:
@@ -145,8 +147,10 @@ def _allowed_seconds(phase: Phase, pack: Pack) -> float | None:
 
 
 def _wait(phase: Phase) -> Set[Future[Any]]:
-    """The futures that have ended, at least one unless a pack's time is over: then its worker is ended."""
+    """The futures that have ended: none where a pack's time is over, and its worker is ended, or more may have come."""
     dues = [running.due for running in phase.running.values() if running.due is not None]
+    if phase.ready or phase.packs:
+        dues.append(time.monotonic() + LOOK_FOR_WORKERS_EVERY)
     timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
     finished, _ = wait(phase.running, timeout, FIRST_COMPLETED)
     heed()  # before an error that an interrupt was turned into counts as a trial's

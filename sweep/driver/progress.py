@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sweep.driver.plan import Finalists
 from sweep.study.finalists import count_confirm_trials, count_search_trials
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Measurement
+from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Measurement
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -61,6 +61,25 @@ def start_tally(study: Study, records: Iterable[TrialRecord], finalists: Finalis
     tally.session_steps = 0
     tally.total = count_search_trials(study) + count_confirm_trials(study, len(finalists))
     return tally
+
+
+def is_complete(study: Study, record: StudyRecord) -> bool:
+    """Whether it was finished and all that it found is still there: what was removed since is found out anew."""
+    confirm = count_confirm_trials(study, len(record.finalists)) if record.finalists else 0
+    confirmed = any(trial.spec.phase == CONFIRM for trial in record.trials)
+    unfit = {trial.spec.arm.cost_key for trial in record.trials if trial.state == INFEASIBLE}
+    unknown = {arm.cost_key for arm in study.list_arms()} - record.costs.keys() - unfit
+    return (
+        record.finished_at is not None
+        and len(record.trials) >= count_search_trials(study) + confirm
+        and bool(record.finalists) >= confirmed
+        and not any(all(unmeasured(key) not in warning for warning in record.warnings) for key in unknown)
+    )
+
+
+def unmeasured(cost_key: str) -> str:
+    """How a warning begins that tells of a cost which could not be measured."""
+    return f"the cost of {cost_key} could not be measured"
 
 
 def planned_trials(study: Study, record: StudyRecord) -> int:

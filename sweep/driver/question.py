@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from sweep.study.asked import keep_study, kept_dump
 from sweep.study.file import dump_question, dump_study, what_changed
 from sweep.study.home import StudyFolder
 from sweep.study.schema import Study
@@ -61,9 +62,10 @@ def name_holder(lock: TextIO) -> None:
 
 def refuse_other_question(study: Study, folder: StudyFolder) -> None:
     """Raise QuestionChanged where the folder's study file asks something else."""
-    if not folder.study_file.exists():
+    ran = kept_dump(folder.study_file)
+    if ran is None:  # or damaged: it is put there again, and Optuna's storage knows the question too
         return
-    diff = what_changed(folder.study_file.read_text(encoding="utf-8"), dump_study(study))
+    diff = what_changed(ran, dump_study(study))
     if diff:
         raise QuestionChanged(
             f"study {study.name!r} has run with another question: give this one another name, "
@@ -74,12 +76,7 @@ def refuse_other_question(study: Study, folder: StudyFolder) -> None:
 
 def write_question(study: Study, folder: StudyFolder) -> None:
     """Put the study file into the folder, whole or not at all, without passwords."""
-    half = folder.study_file.with_suffix(".tmp")
-    with open(half, "w", encoding="utf-8") as file:
-        file.write(dump_study(study))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, folder.study_file)
+    keep_study(folder.study_file, study)
 
 
 def question_hash(study: Study) -> str:

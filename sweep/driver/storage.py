@@ -71,7 +71,7 @@ def create_trial(ledger: Ledger, arm: Arm, rate: float, phase: str, seed: int, s
 
     trial_id = patiently(ledger.patience, create)
     if _trial_id(ledger, number) != trial_id:
-        patiently(ledger.patience, lambda again: ledger.storage.set_trial_state_values(trial_id, TrialState.FAIL))
+        patiently(ledger.patience, lambda again: _withdraw(ledger, trial_id))
         raise StorageError(
             f"somebody else creates trials in Optuna's study {ledger.study.study_name!r}: "
             "let only one home run it, and run the command again"
@@ -104,6 +104,14 @@ def tell(ledger: Ledger, number: int, state: str, loss: float | None, reason: st
 
     with suppress(UpdateFinishedTrialError):
         patiently(ledger.patience, end)
+
+
+def _withdraw(ledger: Ledger, trial_id: int) -> None:
+    """End a trial that should not have been created; without a slot it is nobody's."""
+    with suppress(UpdateFinishedTrialError):
+        ledger.storage.set_trial_user_attr(trial_id, "slot", None)
+        ledger.storage.set_trial_user_attr(trial_id, "reason", "created while another driver ran the study")
+        ledger.storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
 def _find_trial(ledger: Ledger, number: int) -> FrozenTrial | None:

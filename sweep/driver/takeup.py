@@ -11,14 +11,15 @@ from sweep.driver.checkpoints import tidy_checkpoints
 from sweep.driver.failures import call
 from sweep.driver.interrupts import uninterrupted
 from sweep.driver.patience import StorageError
-from sweep.driver.plan import confirm_slot, search_slot
+from sweep.driver.plan import Slot, confirm_slot, search_slot, search_slots
 from sweep.driver.sampling import RATE
 from sweep.driver.session import Session, end_if_over, start_record, warn
 from sweep.driver.storage import Ledger, create_trial, list_trials, report, tell
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.study.errors import FieldError
-from sweep.study.records import SEARCH, Prepared, Setup
+from sweep.study.records import SEARCH, Prepared, Setup, TrialSpec
+from sweep.study.schema import Study
 from sweep.tracking.journal import TrialRecord
 
 
@@ -45,21 +46,22 @@ def refuse_other_inputs(executor: Executor, work: Work, setup: Setup, prepared: 
 
 
 @uninterrupted()
-def match_trials(ledger: Ledger, journals: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+def match_trials(ledger: Ledger, study: Study, journals: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
     """The journals' trials by slot, each with its trial in Optuna; those that Optuna lost are created again.
 
     Raises StorageError where the two tell of different trials.
     """
     trials = {trial.number: trial for trial in list_trials(ledger)}
-    derived = _derive_slots(journals)
+    derived, cells = _derive_slots(journals), {slot.name: slot for slot in search_slots(study)}
     created = len(trials)
-    records = {}
+    records: dict[str, TrialRecord] = {}
     for record in journals:
         spec = record.spec
         if spec.number in trials:
             attrs = trials[spec.number].user_attrs
             slot = attrs.get("slot", "")
             same = (attrs.get("arm"), attrs.get("phase"), attrs.get("seed")) == (spec.arm.name, spec.phase, spec.seed)
+            same = same and slot not in records and _fits(spec, slot, cells)
         else:
             slot = derived[spec.number]
             same = spec.number == created  # a new trial gets the next number
@@ -67,7 +69,8 @@ def match_trials(ledger: Ledger, journals: Sequence[TrialRecord]) -> dict[str, T
         if not same:
             raise StorageError(
                 f"{spec.folder} and trial {spec.number} in Optuna's storage tell of different trials: "
-                "restore the one or the other, or give the study another name"
+                "restore the one or the other, or remove the study from the storage (optuna delete-study): the "
+                "journals make it anew"
             )
         if spec.number not in trials:
             create_trial(ledger, spec.arm, spec.learning_rate, spec.phase, spec.seed, slot)
@@ -109,6 +112,14 @@ def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial
             tell(session.ledger, trial.number, record.state, loss, record.reason)
     end_if_over(session, slot)
     tidy_checkpoints(session.records[slot])
+
+
+def _fits(spec: TrialSpec, slot: str, cells: Mapping[str, Slot]) -> bool:
+    """Whether a trial can be that of the slot which Optuna holds of it."""
+    if spec.phase != SEARCH:
+        return slot == confirm_slot(spec.arm, spec.learning_rate, spec.seed)
+    cell = cells.get(slot)
+    return cell is not None and cell.arm == spec.arm and cell.rate in (None, spec.learning_rate)
 
 
 def _derive_slots(journals: Sequence[TrialRecord]) -> dict[int, str]:

@@ -18,16 +18,34 @@ if TYPE_CHECKING:
 class ExecutorName(StrEnum):
     inline = "inline"
     local = "local"
+    ray = "ray"
 
 
 def open_executor(name: ExecutorName, study: Study) -> tuple[Executor, str]:
-    """The executor, and what it has in a line. Raises FieldError where the study's `resources` do not go with it."""
+    """The executor, and what it has in a line.
+
+    Raises FieldError where the study's `resources` do not go with it, NoWorkers where there is no Ray cluster.
+    """
     if name is ExecutorName.inline:
         refuse_resources(study.resources)
         return InlineExecutor(), "trials run in this process"
+    if name is ExecutorName.ray:
+        from sweep.execution.ray import RayExecutor
+
+        cluster = RayExecutor(study.resources, os.environ.get("RAY_ADDRESS"), seconds_without_workers())
+        return cluster, cluster.describe()
     cores, gpus = len(os.sched_getaffinity(0)), visible_gpus()
     environments = local_environments(study.resources, gpus, cores, os.environ.get("OMP_NUM_THREADS"))
     return LocalExecutor(environments), describe(environments)
+
+
+def seconds_without_workers() -> float:
+    """How long a study waits for a node when the last one is gone. Raises FieldError."""
+    given = os.environ.get("SWEEP_SECONDS_WITHOUT_WORKERS", "120")
+    try:
+        return float(given)
+    except ValueError:
+        raise FieldError(("SWEEP_SECONDS_WITHOUT_WORKERS", f"must be a number of seconds, not {given!r}")) from None
 
 
 def refuse_resources(resources: Resources | None) -> None:
@@ -37,7 +55,7 @@ def refuse_resources(resources: Resources | None) -> None:
         del asked["workers"]
     if asked:
         key = next(iter(asked))
-        message = "asks for workers in processes of their own: run it with --executor local, or leave it out"
+        message = "asks for workers in processes of their own: run it with --executor local or ray, or leave it out"
         raise FieldError((f"resources.{key}", message))
 
 

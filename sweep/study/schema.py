@@ -19,6 +19,7 @@ from sweep.study.values import (
     Fraction,
     Modules,
     Part,
+    PlaceName,
     Positive,
     RankPatterns,
     has_repeats,
@@ -289,6 +290,7 @@ class Study(Strict):
     forgetting: Forgetting | None = None
     published: list[Published] = []  # figures of others, set beside this study's in its report
     storage: Annotated[str, AfterValidator(_is_url)] | None = None  # any Optuna URL; default: sqlite in the home
+    checkpoints: PlaceName | None = None  # a folder, or any URL of fsspec; default: the home
     resources: Resources | None = None  # of workers: with --executor local or ray
 
     @model_validator(mode="before")

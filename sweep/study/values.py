@@ -9,11 +9,21 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
 from sweep.study.arms import ALL_LINEAR
+from sweep.study.credentials import holds_secret
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Number = TypeVar("Number", int, float)
+
+
+def _without_secret(url: str) -> str:
+    if holds_secret(url):
+        raise ValueError("the URL holds a password or a key: give it in the environment (AWS_SECRET_ACCESS_KEY, …)")
+    return url
+
+
+PlaceName = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
 
 
 def _shape(value: Any) -> str | None:

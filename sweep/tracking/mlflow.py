@@ -102,9 +102,11 @@ class Projector:
             reason = _one_line(self._error)
         else:
             return None
+        # What SQLite calls an operational error passes: a lock, a full disk. Its other errors are a damaged file's.
+        mend = "move that file away, and " if "(sqlite3.DatabaseError)" in reason else ""
         return (
             f"MLflow at {without_credentials(self._tracking.uri)} is not up to date ({reason}). "
-            "Nothing is lost: the same `sweep run` command brings it up to date later."
+            f"Nothing is lost: {mend}the same `sweep run` command brings it up to date later."
         )
 
     def _run(self) -> None:
@@ -122,9 +124,10 @@ class Projector:
             pause = max(EVERY_S, 10 * (time.monotonic() - began))  # at most a tenth of one core
 
 
-def dashboard_command(home: Home, port: int) -> list[str]:
+def dashboard_command(home: Home, port: int, host: str = "127.0.0.1", login: bool = False) -> list[str]:
     """The command that serves the MLflow UI over what was tracked; run it with `dashboard_environment`.
 
+    login: whether it asks for a user and a password, see `sweep.tracking.served.authentication`.
     Raises ValueError where tracking goes to a server, which has a UI of its own: see `dashboard_address`.
     """
     tracking = find_tracking(home)
@@ -132,13 +135,15 @@ def dashboard_command(home: Home, port: int) -> list[str]:
         raise ValueError(f"MLflow runs at {without_credentials(tracking.uri)}: open that address")
     connect(tracking)  # a new database is initialised under our lock, not by a server beside a running study
     artifacts = str(home.mlflow_artifacts)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--app-name", "basic-auth"] if login else []
     return [*command, "--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
 
 
 def dashboard_environment(home: Home) -> dict[str, str]:
     """The environment for `dashboard_command`; the database's URI goes here because arguments are seen by everyone."""
     ours = {
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_BACKEND_STORE_URI": find_tracking(home).uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # we run no jobs, and they take 1.5 GB
@@ -151,10 +156,11 @@ def is_tracked(home: Home, study: str) -> bool:
     return connect(find_tracking(home)).get_experiment_by_name(study) is not None
 
 
-def dashboard_address(home: Home, port: int, study: str | None = None) -> str:
-    """Where a browser finds the UI, the tracking server's own or ours; with a study that was tracked, its runs."""
+def dashboard_address(home: Home, root: str, study: str | None = None) -> str:
+    """Where a browser finds the UI, the tracking server's own or ours at `root`; with a study that was tracked, its
+    runs."""
     tracking = find_tracking(home)
-    root = f"http://127.0.0.1:{port}" if is_database(tracking.uri) else without_credentials(tracking.uri).rstrip("/")
+    root = root if is_database(tracking.uri) else without_credentials(tracking.uri).rstrip("/")
     experiment = connect(tracking).get_experiment_by_name(study) if study else None
     if experiment is None:
         return f"{root}/#/experiments{WORKFLOW}"

@@ -14,6 +14,7 @@ from sweep.study.credentials import holds_secret, without_credentials
 from sweep.study.errors import FieldError, in_one_line
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}  # protocol → our extra that brings its package
+_HAS_BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss")  # without folders that must be made
 
 
 class PlaceError(OSError):
@@ -45,7 +46,7 @@ def as_place(given: str) -> str:
 def upload(folder: Path, names: Sequence[str], url: str) -> None:
     """Copy files of a folder, in this order."""
     with _telling(url):
-        files, root = _connect(url)
+        files, root = _connect_to_write(url)
         for name in names:
             files.put_file(str(folder / name), f"{root}/{name}")
 
@@ -88,8 +89,7 @@ def try_writing(place: str) -> None:
     name = f".write-test-{uuid4().hex}"
     with _telling(place):
         if is_url(place):
-            files, root = _connect(place)
-            files.makedirs(root, exist_ok=True)
+            files, root = _connect_to_write(place)
             files.pipe_file(f"{root}/{name}", b"sweep")
             files.rm_file(f"{root}/{name}")
         else:
@@ -115,6 +115,14 @@ def _connect(url: str) -> tuple[Any, str]:
         why = f"fsspec knows no {protocol}://; it knows {known}" if "Protocol" in str(error) else in_one_line(error)
         raise FieldError(("checkpoints", without_credentials(why))) from None
     return files, str(root).rstrip("/")
+
+
+def _connect_to_write(url: str) -> tuple[Any, str]:
+    """The same, with the folder made; a bucket is none: one whose name is mistyped must not come into being."""
+    files, root = _connect(url)
+    if url.partition("://")[0] not in _HAS_BUCKETS:
+        files.makedirs(root, exist_ok=True)
+    return files, root
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from sweep import __version__
 from sweep.lora.optim import moment_count
 from sweep.lora.passes import UnpackableError
 from sweep.study.arms import Arm
+from sweep.study.files import read_json, write_json
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.batches import AnyBatch, Batch, collate
 from sweep.training.data import TokenisedData
@@ -42,13 +42,10 @@ def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared
         return replace(prepared, precision=precision)
     key = _calibration_key(setup, prepared, arms)
     path = Path(setup.cache) / f"calibration-{key}.json"
-    figures = _read_figures(path)
+    figures: list[dict[str, Any]] | None = read_json(path)
     if figures is None:
         figures = _measure(setup, prepared, arms)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(f".{os.getpid()}.tmp")
-        half.write_text(json.dumps(figures, indent=1))
-        os.replace(half, path)
+        write_json(path, figures)
     best = choose(figures)
     return replace(
         prepared,
@@ -215,11 +212,3 @@ def _calibration_key(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> s
         "arms": [asdict(arm) for arm in arms],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_figures(path: Path) -> list[dict[str, Any]] | None:
-    try:
-        figures: list[dict[str, Any]] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return figures

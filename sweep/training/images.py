@@ -135,7 +135,7 @@ def _process(processor: Any, images: Sequence[np.ndarray], plain: bool) -> np.nd
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]], processor: Any, plain: bool) -> None:
-    """Into a .npy file, a few images at a time; a reader never sees half of it."""
+    """Into a .npy file, a few images at a time, its sha256 behind it; a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     array = None
@@ -152,15 +152,29 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], processor: Any, plain: bo
             array[at : at + len(some)] = pixels
         if array is not None:
             array.flush()
+        with open(aside, "rb+") as file:
+            file.write(hashlib.file_digest(file, "sha256").digest())  # it has read to the end
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def _mapped(path: Path, rows: int) -> np.ndarray | None:
-    """The cached array, not read yet; None where it is missing or damaged."""
+    """The cached array, not in memory yet; None where it is missing or damaged."""
     try:
+        if not _is_whole(path):
+            return None
         found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     return found if found.ndim == 4 and len(found) == rows else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether what stands before the digest at the end is what was written."""
+    digest, left = hashlib.sha256(), path.stat().st_size - hashlib.sha256().digest_size
+    with open(path, "rb") as file:
+        while left > 0 and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+        return left == 0 and file.read() == digest.digest()

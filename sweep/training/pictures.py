@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sweep.study.errors import FieldError, first_line
+from sweep.study.files import read_json, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,14 +100,11 @@ def with_pixel_digests(rows: Sequence[dict[str, Any]], cache: Path) -> list[dict
     Decoding takes longer than all the rest, so the digests are cached by the encoded images' content.
     """
     encoded = [_digest(_content(row["image"])) for row in rows]
-    path = cache / f"images-{_digest(''.join(encoded).encode())}.txt"
-    known = path.read_text().split() if path.exists() else []
-    if len(known) != len(rows):
+    path = cache / f"images-{_digest(''.join(encoded).encode())}.json"
+    known: list[str] | None = read_json(path)
+    if known is None:
         known = [_pixel_digest(decode(row["image"])) for row in rows]
-        cache.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(f".{os.getpid()}.tmp")
-        half.write_text("\n".join(known))
-        os.replace(half, path)
+        write_json(path, known)
     return [{**row, "pixels": pixels} for row, pixels in zip(rows, known, strict=True)]
 
 

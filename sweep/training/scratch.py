@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from sweep.lora.optim import lr_factor
 from sweep.study.errors import FieldError, first_line
+from sweep.study.files import read_json, write_json
 from sweep.study.records import PretrainSettings, Setup
 from sweep.training.batches import collate, step_rows
 from sweep.training.data import distinct_rows, make_splits, of_classes, row_fingerprint
@@ -70,8 +71,8 @@ def _pretrained(setup: Setup, settings: PretrainSettings) -> ModelPlace:
     versions = [_CODE_VERSION, version("torch"), version("transformers")]
     decided_by = [versions, vars(settings), fingerprint]
     key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:32]
-    folder = Path(setup.cache) / f"base-{key}"
-    if not folder.exists():
+    folder, digests = Path(setup.cache) / f"base-{key}", Path(setup.cache) / f"base-{key}.json"
+    if not folder.exists() or read_json(digests) != _digests(folder):
         aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -80,10 +81,16 @@ def _pretrained(setup: Setup, settings: PretrainSettings) -> ModelPlace:
             place = ModelPlace(setup.model, str(aside), None, True)
             splits = image_splits(rows, settings.labels, place, fingerprint, Path(setup.cache))
             _pretrain(config, settings, splits, aside)
+            write_json(digests, _digests(aside))
+            shutil.rmtree(folder, ignore_errors=True)  # damaged
             os.replace(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return ModelPlace(setup.model, str(folder), None, True)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
 def _configuration(settings: PretrainSettings) -> Any:
