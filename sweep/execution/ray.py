@@ -21,10 +21,11 @@ from typing import Any
 
 from sweep import __version__
 from sweep.execution.ray_actor import how_it_ended, last_line, place_actor, settle
-from sweep.execution.ray_cluster import Cluster, answers, joined, list_nodes
+from sweep.execution.ray_cluster import Cluster, answers, joined, list_nodes, this_machine
 from sweep.execution.ray_nodes import (
     Node,
     Plan,
+    count,
     count_workers,
     plan_workers,
     refuse_more,
@@ -81,6 +82,9 @@ class RayExecutor:
         address: str | None = None,
         seconds_without_workers: float = 120.0,
     ):
+        here = this_machine()
+        if not address:  # nothing will join what we start
+            refuse_more(resources, here)
         self.slots = 1  # a unit may wait for the first worker, or for the next
         self._resources, self._patience = resources, seconds_without_workers
         self._todo: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -94,18 +98,14 @@ class RayExecutor:
         self._over: Exception | None = None  # what units end in from now on
         self._closed = threading.Event()
         self._opened: Future[None] = Future()
-        self._thread = threading.Thread(target=self._serve, args=(address,), name="ray", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(address, here), name="ray", daemon=True)
         self._thread.start()
         try:
             self._opened.result()
         except BaseException:
             self.shutdown()
             raise
-        finally:
-            if (
-                threading.current_thread() is threading.main_thread()
-            ):  # Ray's C++ part puts a printer of stacks before it
-                signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        _take_back_sigterm()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
         """More than `slots` at once wait for a worker. fn and its arguments are pickled here and now."""
@@ -121,18 +121,19 @@ class RayExecutor:
         self._closed.set()
         self._todo.put(lambda: None)  # so that it is seen at once
         self._thread.join()
+        _take_back_sigterm()
 
     def describe(self) -> str:
         """What there is, in a line."""
         ready = [worker for worker in self._workers if worker.ready]
         nodes = len({worker.node.id for worker in ready})
-        return f"{_count(len(ready), 'worker')} on {_count(nodes, 'Ray node')}"
+        return f"{count(len(ready), 'worker')} on {count(nodes, 'Ray node')}"
 
     # What follows runs in the executor's own thread.
 
-    def _serve(self, address: str | None) -> None:
+    def _serve(self, address: str | None, here: Node) -> None:
         try:
-            with joined(address) as cluster:
+            with joined(address, here) as cluster:
                 threading.Thread(target=self._watch, args=(cluster,), name="ray nodes", daemon=True).start()
                 try:
                     self._handle(cluster)
@@ -145,7 +146,7 @@ class RayExecutor:
             self._todo.get()()
 
     def _handle(self, cluster: Cluster) -> None:
-        """Until the executor is closed. Raises NoWorkers where the cluster is gone, FieldError where ours is small."""
+        """Until the executor is closed. Raises NoWorkers where the cluster is gone."""
         before = time.monotonic()
         while not self._closed.is_set():
             with suppress(Empty):
@@ -160,8 +161,6 @@ class RayExecutor:
                 raise NoWorkers(f"the Ray node of this machine is gone: start it and {RUN_AGAIN}")
             if self._plan is None:
                 self._plan = plan_workers(self._resources, list(self._nodes.values()))
-                if cluster.local and self._plan is not None:
-                    refuse_more(self._plan, list(self._nodes.values()))
             self._start_workers()
             self._give_out()
             self._lose_patience()
@@ -210,7 +209,7 @@ class RayExecutor:
             return
         reason = f"lora-sweep {done.result()}, not {__version__}" if error is None else last_line(error)
         times = 1 + (self._troubles[node.id].times if node.id in self._troubles else 0)
-        self._troubles[node.id] = Trouble(reason, times, self._now + 2**times)
+        self._troubles[node.id] = Trouble(reason, times, self._now + times)
         self._drop(worker)
 
     def _take_in(self, request: bytes, future: Future[Any]) -> None:
@@ -306,5 +305,7 @@ class RayExecutor:
         reference.future().add_done_callback(lambda done: self._todo.put(partial(then, done)))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _take_back_sigterm() -> None:
+    """Under Python's handler Ray puts one that prints stacks, and when it is left none at all."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

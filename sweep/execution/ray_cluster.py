@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sweep.execution.devices import visible_gpus
 from sweep.execution.ray_nodes import Node
 from sweep.study.errors import NoWorkers
 
@@ -37,12 +38,11 @@ IMPATIENT = {
 class Cluster:
     head: str  # HOST:PORT
     own_node: str  # the id of that which the driver is attached to
-    local: bool  # ours alone
 
 
 @contextmanager
-def joined(address: str | None) -> Iterator[Cluster]:
-    """The cluster whose head is at HOST:PORT, or one of our own without an address.
+def joined(address: str | None, here: Node) -> Iterator[Cluster]:
+    """The cluster whose head is at HOST:PORT; without an address one of our own, with the CPUs and GPUs of `here`.
 
     Our own listens on 127.0.0.1 alone, wants a token that nobody else has, and is stopped at the end with all that it
     wrote. To be entered in a thread: in the main one Ray takes SIGTERM for itself. Its daemons end with that thread.
@@ -50,10 +50,14 @@ def joined(address: str | None) -> Iterator[Cluster]:
     """
     # Daemons and threads that Ray starts from here leave both to the driver, also where a whole group gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    own = not address or address == "local"
     _default(QUIET)
-    with _own() if own else _existing(str(address)) as cluster:
+    with _existing(address) if address else _own(here) as cluster:
         yield cluster
+
+
+def this_machine() -> Node:
+    """What of this machine may be used."""
+    return Node("", "127.0.0.1", len(os.sched_getaffinity(0)), len(visible_gpus()))
 
 
 def list_nodes() -> list[Node]:
@@ -78,7 +82,7 @@ def answers(place: str) -> bool:
 
 
 @contextmanager
-def _own() -> Iterator[Cluster]:
+def _own(here: Node) -> Iterator[Cluster]:
     # Set for good: later clusters of this process have the same, and Ray reads some of it only once.
     _default({**ON_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     usual = tempfile.gettempdir()
@@ -90,10 +94,12 @@ def _own() -> Iterator[Cluster]:
             address="local",
             _node_ip_address="127.0.0.1",
             _temp_dir=folder,
+            num_cpus=int(here.cpus),
+            num_gpus=int(here.gpus),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
         ) as context:
-            yield Cluster(context.gcs_address, context.get_node_id(), local=True)
+            yield Cluster(context.gcs_address, context.get_node_id())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -110,7 +116,7 @@ def _existing(address: str) -> Iterator[Cluster]:
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         _default({"RAY_AUTH_MODE": "token"})
     with _connected(f"the Ray cluster at {address} does not take this command", address=address) as context:
-        yield Cluster(context.gcs_address, context.get_node_id(), local=False)
+        yield Cluster(context.gcs_address, context.get_node_id())
 
 
 @contextmanager
@@ -120,6 +126,7 @@ def _connected(refused: str, **options: Any) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise NoWorkers("--executor ray needs Ray: pip install 'lora-sweep[ray]'") from error
+    assert not ray.is_initialized(), "a process can be in one cluster at a time"
     try:
         try:
             with _no_stderr():

@@ -61,22 +61,30 @@ def cpus_of_worker(plan: Plan, node: Node) -> float:
     return plan.cpus if plan.cpus is not None else float(node.cpus // max(1, count_workers(plan, node)))
 
 
-def refuse_more(plan: Plan, nodes: Sequence[Node]) -> None:
-    """Raise FieldError where a cluster that nothing will join holds fewer workers than are wanted, or none."""
-    fit = sum(count_workers(plan, node) for node in nodes)
-    if fit >= (plan.most or 1):
+def refuse_more(resources: Resources | None, here: Node) -> None:
+    """Raise FieldError where a machine alone holds fewer workers than are wanted, or none."""
+    plan = plan_workers(resources, [here])
+    if plan is None or count_workers(plan, here) >= (plan.most or 1):
         return
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    share = f"{plan.gpus:g} of a GPU" if plan.gpus else f"{plan.cpus:g} CPUs" if plan.cpus else "a CPU"
-    key = "workers" if fit else "gpus" if plan.gpus else "cpus"
-    raise FieldError((f"resources.{key}", f"{plan.most or 1} with {share} each; here are {gpus:g} GPUs, {cpus:g} CPUs"))
+    key = "workers" if count_workers(plan, here) else "gpus" if plan.gpus else "cpus"
+    wanted = f"{count(plan.most or 1, 'worker')} with {_words(plan.gpus, plan.cpus)} each"
+    message = f"{wanted} are more than this machine has: {_words(here.gpus, here.cpus)}"
+    raise FieldError((f"resources.{key}", message))
 
 
 def what_a_worker_needs(resources: Resources | None) -> str:
     """As in "0.5 GPUs and 2 CPUs"; for messages."""
-    asked = [(resources.gpus, "GPU"), (resources.cpus, "CPU")] if resources else []
-    needs = [f"{amount:g} {kind}{'' if amount == 1 else 's'}" for amount, kind in asked if amount]
-    return " and ".join(needs) or "a GPU or a CPU"
+    gpus, cpus = (resources.gpus, resources.cpus) if resources else (None, None)
+    return "a GPU or a CPU" if gpus is None and cpus is None else _words(gpus, cpus)
+
+
+def count(number: float, what: str) -> str:
+    return f"{number:g} {what}" if number == 1 else f"{number:g} {what}s"
+
+
+def _words(gpus: float | None, cpus: float | None) -> str:
+    found = [count(amount, kind) for amount, kind in ((gpus, "GPU"), (cpus, "CPU")) if amount]
+    return " and ".join(found) or "a CPU"
 
 
 def _share(cpus: Sequence[float], workers: int) -> float:

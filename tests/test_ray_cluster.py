@@ -1,0 +1,172 @@
+"""Joining a Ray cluster, being refused by one, and the one that a command starts for itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import clusters
+import psutil
+import pytest
+from clusters import Nodes, soon
+from servers import free_port
+from worker_units import is_alive
+
+import sweep
+from sweep.execution.ray import RayExecutor
+from sweep.study.schema import Resources
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with clusters.cluster(2) as found:
+        yield found
+
+
+# A driver as the command is one: in a process whose environment Ray has not seen, with a line for what it raises.
+DRIVER = """
+import os, sys
+import sweep
+from sweep.execution.ray import RayExecutor
+from sweep.study.schema import Resources
+try:
+    executor = RayExecutor(Resources.model_validate_json(sys.argv[1]), sys.argv[2] or None, 30)
+    print(executor.describe(), flush=True)
+    print(executor.submit(eval, sys.argv[3]).result(), flush=True)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+sys.stdin.read(1)
+executor.shutdown()
+"""
+
+
+def driver(address: str, asked: str = "{}", unit: str = "0", cwd: Path | None = None, **joined: str) -> str:
+    """All that a driver with no Ray settings but these prints, the end of it where it ends in an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, asked, address, unit],
+        env=outsider(**joined),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def outsider(**joined: str) -> dict[str, str]:
+    return {**{k: v for k, v in clusters.environment().items() if not k.startswith("RAY_")}, **joined}
+
+
+def test_with_the_token_a_driver_is_let_in_and_nothing_else_is_printed(nodes: Nodes) -> None:
+    assert driver(nodes.address, RAY_AUTH_TOKEN=clusters.TOKEN) == "1 worker on 1 Ray node\n0\n"
+
+
+@pytest.mark.parametrize("joined", [{}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_TOKEN": "0" * 64}], ids=str)
+def test_without_the_token_of_the_cluster_a_driver_is_refused_in_a_line(
+    nodes: Nodes, joined: dict[str, str], tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    said = driver(nodes.address, **joined, HOME=str(tmp_path))
+    assert said == (
+        f"NoWorkers: the Ray cluster at {nodes.address} does not take this command: "
+        "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of its nodes\n"
+    )
+    assert time.monotonic() - began < 30
+
+
+def test_where_no_cluster_is_a_line_says_so_at_once() -> None:
+    address, began = f"127.0.0.1:{free_port()}", time.monotonic()
+    said = f"NoWorkers: RAY_ADDRESS: no Ray cluster answers at {address}; start its head, or unset it for one here\n"
+    assert driver(address) == said
+    assert (
+        driver("auto")
+        == driver("ray://10.0.0.1:10001")
+        == ("NoWorkers: RAY_ADDRESS: give HOST:PORT of the head, and run the command on a node of the cluster\n")
+    )
+    assert time.monotonic() - began < 30
+
+
+def test_without_ray_a_line_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError")
+    said = driver("", PYTHONPATH=os.pathsep.join([str(tmp_path), clusters.paths()["PYTHONPATH"]]))
+    assert said == "NoWorkers: --executor ray needs Ray: pip install 'lora-sweep[ray]'\n"
+
+
+def test_workers_share_a_gpu_and_without_one_they_see_none(nodes: Nodes) -> None:
+    node = nodes.add(2, gpus=1)
+    for asked, expected in [
+        ('{"gpus": 0.5}', "2 workers on 1 Ray node\n0 1\n"),
+        ('{"gpus": 0.0, "workers": 1}', "1 worker on 1 Ray node\n 2\n"),
+    ]:
+        unit = "__import__('os').environ['CUDA_VISIBLE_DEVICES'] + ' ' + __import__('os').environ['OMP_NUM_THREADS']"
+        assert driver(nodes.address, asked, unit, **clusters.JOINED) == expected
+    nodes.kill(node)
+
+
+@pytest.mark.parametrize("theirs", ["none", "another"])
+def test_nodes_without_this_lora_sweep_are_told_of_before_patience_is_lost(
+    nodes: Nodes, tmp_path: Path, theirs: str
+) -> None:
+    package = tmp_path / "there" / "sweep"
+    package.mkdir(parents=True)
+    missing = "raise ModuleNotFoundError(\"No module named 'sweep'\")"
+    (package / "__init__.py").write_text('__version__ = "0.0.1"' if theirs == "another" else missing)
+    if theirs == "another":
+        for room in ("execution", "study"):
+            (package / room).symlink_to(Path(sweep.__file__).with_name(room))
+    node = nodes.add(1, gpus=1, PYTHONPATH=str(package.parent))
+    said = driver(nodes.address, '{"gpus": 1.0}', cwd=tmp_path, **clusters.JOINED)
+    why = "lora-sweep 0.0.1, not" if theirs == "another" else "ModuleNotFoundError: No module named 'sweep'"
+    assert said.splitlines()[1].startswith(
+        f"NoWorkers: no worker starts on the nodes of the Ray cluster ({why}"
+    ) and said.endswith(
+        f": each needs lora-sweep {sweep.__version__}, and the token of this command; then run the same command again\n"
+    )
+    nodes.kill(node)
+
+
+def test_a_cluster_of_ones_own_listens_on_this_machine_alone_and_leaves_nothing(tmp_path: Path) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, '{"workers": 2}', "", "__import__('os').environ['OMP_NUM_THREADS']"],
+        env=outsider(TMPDIR=str(tmp_path), HOME=str(tmp_path)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == "2 workers on 1 Ray node\n" and command.stdout.readline() == "1\n"
+    family = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
+    open_to = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert open_to and open_to <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    folders = {Path(word.split("=")[1]) for p in family for word in p.cmdline() if word.startswith("--session-dir=")}
+    assert folders and all(folder.exists() for folder in folders)
+    assert command.communicate("\n", timeout=60) == ("", None) and command.returncode == 0
+    soon(lambda: not any(is_alive(process.pid) for process in family), 20)
+    assert not any(folder.parent.exists() for folder in folders)
+    assert not list(tmp_path.rglob("*")), "neither a token nor logs"
+
+
+def test_a_cluster_of_ones_own_that_would_be_too_small_is_not_even_started() -> None:
+    assert driver("", '{"gpus": 1.0, "workers": 9}').startswith("FieldError: resources.gpus: 9 workers with 1 GPU each")
+
+
+def test_the_handler_of_sigterm_stays(nodes: Nodes) -> None:
+    import signal
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    came: list[int] = []
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        RayExecutor(Resources(), nodes.address, 30.0).shutdown()
+        assert signal.getsignal(signal.SIGTERM) is ours
+        os.kill(os.getpid(), signal.SIGTERM)
+        soon(lambda: came == [signal.SIGTERM])
+    finally:
+        signal.signal(signal.SIGTERM, before)
