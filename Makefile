@@ -1,20 +1,25 @@
 # Every target installs what it needs into .venv, once; a change of the versions installs again.
-.PHONY: quickstart test check install dev clean
+.PHONY: quickstart test check audit install dev clean
 BIN := .venv/bin
 VERSIONS := pyproject.toml constraints.txt scripts/install.sh
+# Tests run in so many processes, each with one thread of torch's: more threads than cores only wait for each other.
+JOBS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}' || echo 2)
 export PYTHON
 
 quickstart: .venv/.installed-run ## run the quickstart study; takes it up where it stopped
 	$(BIN)/sweep run studies/quickstart.yaml
 
-test: .venv/.installed-dev ## the tests but the slow ones; ARGS="-m slow" for those
-	$(BIN)/pytest $(ARGS)
+test: .venv/.installed-dev ## the tests but the slow ones; ARGS="-m slow" for those, JOBS=0 in one process
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: .venv/.installed-dev ## style, types and the walls between the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: .venv/.installed-dev ## known vulnerabilities of the pinned versions, where an index of them can be reached
+	$(BIN)/python scripts/audit.py
 
 install: .venv/.installed-run
 

@@ -31,4 +31,6 @@ def explain(error: Exception) -> tuple[Sequence[str], int]:
         return [f"{field}: {message}" for field, message in error.problems], USAGE
     if isinstance(error, Damaged | JournalError | PlaceError):
         return [first_line(error)], FAILED
+    if isinstance(error, OSError) and error.filename:  # a full disk, a home that became read-only
+        return [f"{error.strerror}: {error.filename}: mend that, and run the same command again"], FAILED
     return [f"error: {first_line(error)}", "set SWEEP_DEBUG=1 for the trace-back"], FAILED

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 SECRET = "canary-of-the-bucket"
 
@@ -19,8 +20,17 @@ SECRET = "canary-of-the-bucket"
 class Bucket:
     url: str
     environment: dict[str, str]
-    server: Any
     port: int
+    server: Any = None
+
+    def start(self) -> None:
+        """Serve it; what lies in it outlives a stop."""
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
+        _, self.port = self.server.get_host_and_port()
+
+    def stop(self) -> None:
+        self.server.stop()
 
     def names(self) -> list[str]:
         """All that lies in it, relative to the URL."""
@@ -48,29 +58,22 @@ class Bucket:
 @contextmanager
 def bucket(name: str = "sweeps") -> Iterator[Bucket]:
     """A bucket on a server of its own; the environment names both as long."""
-    from s3fs import S3FileSystem
-
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    environment = {
+    found = Bucket(f"s3://{name}/team", {}, 0)
+    found.start()
+    found.environment |= {
         "AWS_ACCESS_KEY_ID": "somebody",
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{found.port}",
     }
-    before = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
-    S3FileSystem.clear_instance_cache()  # it would go on with the server of an earlier test
-    try:
-        S3FileSystem().mkdir(name)
-        yield Bucket(f"s3://{name}/team", environment, server, port)
-    finally:
-        server.stop()
-        S3FileSystem.clear_instance_cache()
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in found.environment.items():
+            patch.setenv(key, value)
+        S3FileSystem.clear_instance_cache()  # it would go on with the server of an earlier test
+        try:
+            S3FileSystem().mkdir(name)
+            yield found
+        finally:
+            found.stop()
+            S3FileSystem.clear_instance_cache()

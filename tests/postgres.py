@@ -93,13 +93,18 @@ class Postgres:
         self.start()
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
+def find_binaries() -> Path:
+    """The folder of initdb and postgres; without one the test is skipped, or fails."""
     found = sorted(BINARIES.glob("*/bin"), key=lambda path: int(path.parent.name))
     if not found:
         why = "needs PostgreSQL (Debian: apt-get install postgresql)"
         pytest.fail(why) if os.environ.get(NEEDED) else pytest.skip(why)
-    server = Postgres(found[-1])
+    return found[-1]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres(find_binaries())
     try:
         server.start()
         yield server

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -23,7 +23,7 @@ def free_port() -> int:
 def running(
     command: Sequence[str], env: Mapping[str, str], health: str, log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server, in a process group of its own, until the block ends; the block begins when `health` answers."""
+    """Run a server until the block ends; the block begins when `health` answers. It leads a group of its own."""
     with open(log, "wb") as output:
         server = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
@@ -33,7 +33,8 @@ def running(
             time.sleep(0.2)
         yield server
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # its own session: the workers too
+        with suppress(ProcessLookupError):  # a test may have killed it
+            os.killpg(server.pid, signal.SIGTERM)  # its own session: the workers too
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:

@@ -47,7 +47,7 @@ def interrupt_in_a_callback(number: int) -> None:
         (opening.optuna.storages, "get_storage"),
         (opening, "question_hash"),
         (takeup, "list_trials"),
-        (takeup, "tidy_checkpoints"),
+        (takeup, "tidy_all"),
     ],
 )
 def test_an_interrupt_inside_a_write_is_raised_after_it(

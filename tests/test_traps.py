@@ -191,3 +191,33 @@ def test_a_pruned_trial_that_was_catching_up_is_told_with_where_they_would_have_
     meets = int(np.ceil(-line.intercept / line.slope))
     assert f"r2-ratio1 at 0.003 (step 10; level with r2-ratio1 at 0.01 by step {meets} at that pace)" in warning
     assert told(0.0) == [] and told(0.012) == []  # not at all, or only after the last step
+
+
+def meeting_of(pruned: TrialRecord, other: TrialRecord, steps: int) -> int | None:
+    """The reference: one pair at a time, by scipy's own regression."""
+    last, theirs = pruned.rungs[-1].measurement, dict(other.train_curve)
+    gaps = [(step, loss - theirs[step]) for step, loss in pruned.train_curve if step > last.start]
+    line = stats.linregress(*zip(*gaps, strict=True), alternative="less")
+    gap = line.intercept + line.slope * last.stop
+    if line.pvalue >= 0.05 or gap <= 0 or last.stop - gap / line.slope > steps:
+        return None
+    return int(np.ceil(last.stop - gap / line.slope))
+
+
+def test_hundreds_of_pairs_at_once_meet_where_each_pair_alone_does() -> None:
+    study, rng = quickstart("train.steps=60", "search.rungs=[12, 60]"), np.random.default_rng(10)
+    trials = []
+    for number in range(60):
+        level, slope, length = rng.uniform(0.2, 2.0), rng.uniform(0.0, 0.03), 12 if number % 2 else 60
+        curve = [level - slope * step + rng.normal(0, 0.03) for step in range(length)]
+        trials.append(searched(study, number, 0.001 * (number + 1), curve, PRUNED if number % 2 else COMPLETE))
+    caught = 0
+    for pruned in trials[1::2]:
+        found = {o.spec.number: m for o in trials[::2] if (m := meeting_of(pruned, o, 60)) is not None}
+        told = pruned_while_catching_up(study, StudyRecord(None, (*trials[::2], pruned)))  # type: ignore[arg-type]
+        assert len(told) == bool(found)
+        if found:
+            step, first = min((step, number) for number, step in found.items())
+            assert f"level with r2-ratio1 at {0.001 * (first + 1):.4g} by step {step} at" in told[0]
+            caught += 1
+    assert 5 < caught < 25  # of 30: neither none nor all

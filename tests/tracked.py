@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +46,20 @@ def server(tmp_path: Path, home: Home, new_database: Path, monkeypatch: pytest.M
     """An MLflow server that tracking goes to."""
     port = free_port()
     (tmp_path / "server.db").write_bytes(new_database.read_bytes())
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
-    command += ["--artifacts-destination", str(tmp_path / "server-artifacts")]
-    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with running(command, env, f"http://127.0.0.1:{port}/health", tmp_path / "server.log"):
+    with serving(tmp_path, port):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def serving(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run an MLflow server over `server.db` in the folder. It leads a process group of its own."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    command += ["--artifacts-destination", str(folder / "server-artifacts")]
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running(command, env, f"http://127.0.0.1:{port}/health", folder / "server.log") as server:
+        yield server
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from postgres_image import as_nobody, make_cluster, postgres_programs, server_words
+from postgres import find_binaries
+from postgres_image import as_postgres, make_cluster, server_words
 from servers import free_port
 
 MARK = "UNBOXED"  # in the environment of every process of a box: what an engine knows by its control group
@@ -110,7 +111,7 @@ def up(boxes: Mapping[str, Sequence[Box]], *services: str) -> dict[str, subproce
 
 def start(box: Box) -> subprocess.Popen[bytes]:
     (box.folder / "tmp").mkdir(parents=True, exist_ok=True)
-    lower = as_nobody() if box.service["image"].startswith("postgres:") else {}
+    lower = as_postgres() if box.service["image"].startswith("postgres:") else {}
     cwd = box.service.get("working_dir")
     with open(box.log, "ab") as log:
         return subprocess.Popen(
@@ -229,7 +230,7 @@ def _environment(folder: Path, address: str, own: Mapping[str, str]) -> dict[str
     venv = Path(sys.executable).parent
     (programs / "ray").write_text(SHIM.format(ray=venv / "ray", address=address))
     (programs / "ray").chmod(0o755)
-    path = [programs, venv, postgres_programs(), "/usr/bin", "/bin"]
+    path = [programs, venv, find_binaries(), "/usr/bin", "/bin"]
     passed = {name: os.environ[name] for name in ("PYTHONPATH", "HF_HUB_OFFLINE") if name in os.environ}
     return {
         "PATH": ":".join(map(str, path)),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sweep.driver.beginning import begin
+from sweep.driver.checkpoints import tidy_all
 from sweep.driver.failures import call
 from sweep.driver.groups import steps_ahead
 from sweep.driver.interrupts import heed, interruptible
@@ -14,7 +15,7 @@ from sweep.driver.patience import PATIENCE_S, Patience, StorageError
 from sweep.driver.phase import run_phase, why_not
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
 from sweep.driver.pricing import forecast_lines, priced
-from sweep.driver.progress import Progress, is_complete, snapshot, start_tally
+from sweep.driver.progress import Progress, is_complete, snapshot, start_tally, unmeasured
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question
 from sweep.driver.session import Session, warn
 from sweep.driver.takeup import refuse_other_inputs, take_up
@@ -75,6 +76,7 @@ def run_study(
         if session.trouble:
             raise session.trouble[0]
         _probe_costs(session, prepared, known.costs)
+        tidy_all(session.records.values(), session.place)  # of workers who came too late
         append(folder.journal, "finished")
         session.tally.phase = "done"
         session.say("finished")
@@ -143,7 +145,7 @@ def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -
         except Exception as error:
             heed()
             why = "it does not fit on this device: " if is_out_of_memory(error) else ""
-            warn(session, f"the cost of {key} could not be measured: {why}{why_not(error)}")
+            warn(session, f"{unmeasured(key)}: {why}{why_not(error)}")
             continue
         append(session.folder.journal, "cost", cost=to_json(cost))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sweep.driver.plan import Finalists
 from sweep.study.finalists import count_confirm_trials, count_search_trials
-from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Measurement
+from sweep.study.records import COMPLETE, CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Measurement
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -64,9 +64,22 @@ def start_tally(study: Study, records: Iterable[TrialRecord], finalists: Finalis
 
 
 def is_complete(study: Study, record: StudyRecord) -> bool:
-    """Whether it was finished and every trial that it planned is still there: one that was removed is trained anew."""
+    """Whether it was finished and all that it found is still there: what was removed since is found out anew."""
     confirm = count_confirm_trials(study, len(record.finalists)) if record.finalists else 0
-    return record.finished_at is not None and len(record.trials) >= count_search_trials(study) + confirm
+    confirmed = any(trial.spec.phase == CONFIRM for trial in record.trials)
+    unfit = {trial.spec.arm.cost_key for trial in record.trials if trial.state == INFEASIBLE}
+    unknown = {arm.cost_key for arm in study.list_arms()} - record.costs.keys() - unfit
+    return (
+        record.finished_at is not None
+        and len(record.trials) >= count_search_trials(study) + confirm
+        and bool(record.finalists) >= confirmed
+        and not any(all(unmeasured(key) not in warning for warning in record.warnings) for key in unknown)
+    )
+
+
+def unmeasured(cost_key: str) -> str:
+    """How a warning begins that tells of a cost which could not be measured."""
+    return f"the cost of {cost_key} could not be measured"
 
 
 def planned_trials(study: Study, record: StudyRecord) -> int:

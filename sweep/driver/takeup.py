@@ -69,8 +69,8 @@ def match_trials(ledger: Ledger, study: Study, journals: Sequence[TrialRecord]) 
         if not same:
             raise StorageError(
                 f"{spec.folder} and trial {spec.number} in Optuna's storage tell of different trials: "
-                "restore the one or the other, or remove the study from the storage (optuna delete-study): it is then "
-                "made anew from the journals"
+                "restore the one or the other, or remove the study from the storage (optuna delete-study): the "
+                "journals make it anew"
             )
         if spec.number not in trials:
             create_trial(ledger, spec.arm, spec.learning_rate, spec.phase, spec.seed, slot)

@@ -55,13 +55,12 @@ def alpha_sentences(fits: Sequence[AlphaFit]) -> list[str]:
 
 
 def _cells(record: StudyRecord, arms: list[Arm]) -> Cells:
-    names = {arm.name for arm in arms}
     cells: Cells = {}
-    for trial in record.trials:
-        spec, last = trial.spec, trial.last
-        if spec.phase == CONFIRM and spec.arm.name in names and trial.state == COMPLETE and last is not None:
-            cell = cells.setdefault((spec.arm.alpha_ratio, spec.learning_rate), {})
-            cell[spec.seed] = last.test_metrics["test_loss"]
+    for arm in arms:
+        for trial in record.trials_of(CONFIRM, arm.name):
+            if trial.state == COMPLETE and trial.last is not None:
+                cell = cells.setdefault((arm.alpha_ratio, trial.spec.learning_rate), {})
+                cell[trial.spec.seed] = trial.last.test_metrics["test_loss"]
     return cells
 
 

@@ -9,6 +9,6 @@ from sweep.tracking.journal import StudyRecord, TrialRecord
 
 def confirm_trials(record: StudyRecord, arm: Arm) -> list[TrialRecord]:
     """The arm's trials at the rate that search chose for it: where all rates are confirmed, the first of them."""
-    trials = [t for t in record.trials if t.spec.phase == CONFIRM and t.spec.arm.name == arm.name]
+    trials = record.trials_of(CONFIRM, arm.name)
     chosen = next((rate for name, rate in record.finalists if name == arm.name), None)
     return [t for t in trials if chosen is None or t.spec.learning_rate == chosen]

@@ -9,10 +9,11 @@ from matplotlib.lines import Line2D
 
 from sweep.report.drawing import Drawn, Numbers
 from sweep.report.labels import PointLabel, height_of, label_lines, label_points
-from sweep.report.marks import colour_of, highest, lowest, mark_mean, mark_seeds, short_name
+from sweep.report.marks import colour_of, highest, lowest, mark_mean, mark_means, mark_seeds, short_name
 from sweep.report.results import ArmResult, Findings
 from sweep.report.style import (
     BAND,
+    BLUE,
     FAINT,
     INK,
     PURPLE,
@@ -25,7 +26,7 @@ from sweep.report.style import (
     rank_axis,
     readable_log,
 )
-from sweep.report.words import apart
+from sweep.report.words import apart, some
 from sweep.study.schema import Study
 
 MOST_NAMES = 8  # points that still can all be named
@@ -106,7 +107,7 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
     label_points(axes, labels, marks, list(map(height_of, named)))
     axes.set_xlabel("rank (log scale)")
     axes.set_ylabel("test loss at the last step (nats)")
-    values = "; ".join(f"{r.arm.name} {r.loss_mean:.3f}" for r in findings.arms if r.seeds)
+    values = some([f"{r.arm.name} {r.loss_mean:.3f}" for r in findings.arms if r.seeds], "; ")
     seeds = max(len(r.seeds) for r in results)
     return figure, Drawn(
         "loss-by-rank",
@@ -159,7 +160,11 @@ def pareto(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
     axes.step(
         [float(r.trainable_params or 0) for r in front], [r.loss_mean for r in front], where="post", color=FAINT, lw=2
     )
-    for result in sorted(results, key=lambda r: r.arm.name == findings.recommended):  # the recommended one on top
+    named = [r for r in results if len(results) <= MOST_NAMES or r in front or r.arm.name == findings.recommended]
+    others = [r for r in results if r not in named and not r.arm.is_full]
+    mark_means(axes, [float(r.trainable_params or 0) for r in others], others, BLUE)
+    apart_drawn = [r for r in results if r not in others]
+    for result in sorted(apart_drawn, key=lambda r: r.arm.name == findings.recommended):  # the recommended one on top
         mark_mean(
             axes,
             float(result.trainable_params or 0),
@@ -170,13 +175,12 @@ def pareto(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
         )
     low, high = min(map(lowest, results)), max(map(highest, results))
     axes.set_ylim(low - 0.1 * (high - low or 0.1), high + 0.1 * (high - low or 0.1))
-    named = [r for r in results if len(results) <= MOST_NAMES or r in front or r.arm.name == findings.recommended]
     axes.set_xlabel("trainable parameters (log scale)")
     axes.set_ylabel("test loss at the last step (nats)")
     ends = {r.arm.name: (float(r.trainable_params or 0), lowest(r), highest(r)) for r in results}
     labels = [PointLabel(*ends[r.arm.name], short_name(r.arm), colour_of(r, findings)) for r in named]
     label_points(axes, labels, list(ends.values()), [])
-    names = ", ".join(r.arm.name for r in front)
+    names = some([r.arm.name for r in front])
     return figure, Drawn(
         "pareto",
         "What more parameters buy",

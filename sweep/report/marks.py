@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -35,6 +36,16 @@ def mark_mean(axes: Axes, x: float, mean: float, low: float | None, high: float 
     if low is not None and high is not None:
         axes.plot([x, x], [low, high], color=colour, lw=2, solid_capstyle="round")
     axes.plot([x], [mean], "o", color=colour, ms=7.5, mec=WHITE, mew=1)
+
+
+def mark_means(axes: Axes, x: Sequence[float], results: Sequence[ArmResult], colour: str) -> None:
+    """Means as `mark_mean` draws one: hundreds as two shapes."""
+    gap = math.nan  # between two intervals, and in place of one that is not known
+    ends = [
+        (at, gap if y is None else y) for at, r in zip(x, results, strict=True) for y in (r.loss_low, r.loss_high, gap)
+    ]
+    axes.plot([at for at, _ in ends], [y for _, y in ends], color=colour, lw=2, solid_capstyle="round")
+    axes.plot(x, [r.loss_mean for r in results], "o", color=colour, ms=7.5, mec=WHITE, mew=1)
 
 
 def mark_seeds(axes: Axes, x: float, losses: Sequence[float], colour: str) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sweep.report.words import rate
+from sweep.report.words import rate, some
 from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH
 from sweep.study.schema import Range, Study, rate_values
@@ -55,7 +55,7 @@ def search_rows(study: Study, record: StudyRecord) -> tuple[SearchRow, ...]:
 
 
 def search_trials(record: StudyRecord, arm: str) -> list[TrialRecord]:
-    return [t for t in record.trials if t.spec.phase == SEARCH and t.spec.arm.name == arm]
+    return list(record.trials_of(SEARCH, arm))
 
 
 def find_edges(study: Study, rows: Sequence[SearchRow]) -> tuple[Edge, ...]:
@@ -104,12 +104,12 @@ def edge_warnings(edges: Sequence[Edge]) -> list[str]:
         else:
             groups.setdefault((edge.learning_rate, edge.side, edge.next_grid), []).append(edge.arm)
     of_grids = [
-        f"{', '.join(arms)}: the best learning rate, {rate(value)}, is on the {side} edge of its grid, so a better one "
-        f"may lie beyond. Try {', '.join(rate(x) for x in grid)} next."
+        f"{some(arms)}: the best learning rate, {rate(value)}, is on the {side} edge of its grid, so a better one "
+        f"may lie beyond. Try {some([rate(x) for x in grid])} next."
         for (value, side, grid), arms in groups.items()
     ]
     of_ranges = [
-        f"{', '.join(arms)}: the best learning rate is in the {side} tenth of its range, {rate(low)} to {rate(high)}, "
+        f"{some(arms)}: the best learning rate is in the {side} tenth of its range, {rate(low)} to {rate(high)}, "
         f"so a better one may lie beyond. Try low: {rate(new_low)}, high: {rate(new_high)} next."
         for (side, (low, high), (new_low, new_high)), arms in ranges.items()
     ]

@@ -59,7 +59,7 @@ VARIABLES = {
 }
 LEGEND_CHARACTERS = 16.0  # of a legend's text in a row, for each inch of width
 LABEL_CHARACTERS = 12.0  # of an axis's label in a line, for each inch of width
-PANEL_CHARACTERS = 18  # of a panel's title where it is narrow
+PANEL_CHARACTERS = 18  # of a panel's title, or an arm's name, where it is narrow
 LEGEND_ROW = 0.17  # inches
 WIDE, NARROW = 6.2, 3.7  # inches: text is as large as the page's on a screen, and on a phone
 DPI = 150
@@ -107,9 +107,13 @@ def wrapped(label: str) -> str:
 
 
 def panel_title(axes: Axes, title: str) -> None:
-    """Of one of several panels; where it is narrow, a long one's beginning is left out."""
-    shown = title if len(title) <= PANEL_CHARACTERS or not is_narrow() else f"…{title[1 - PANEL_CHARACTERS :]}"
-    axes.set_title(shown)
+    """Of one of several panels."""
+    axes.set_title(shortened(title))
+
+
+def shortened(name: str) -> str:
+    """Where it is narrow, a long name's beginning is left out."""
+    return name if len(name) <= PANEL_CHARACTERS or not is_narrow() else f"…{name[1 - PANEL_CHARACTERS :]}"
 
 
 def text_colour(colour: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,12 @@ from sweep.report.words import (
     span,
     without_paths,
 )
-from sweep.study.arms import pattern_text
+from sweep.study.arms import Arm, pattern_text
 from sweep.study.records import DIVERGED, FAILED, Prepared
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
 
+MOST_RATES = 12  # in a cell that still is read
 FINALISTS = {
     "rank": "one finalist for each rank",
     "arm": "every arm at its best rate",
@@ -73,8 +74,9 @@ def confirmed_table(study: Study, findings: Findings) -> Table:
         "Step time",
         "Adapter size",
     )
+    arms = study.list_arms()
     rows = tuple(
-        Row(_confirmed(study, r, decimals, forgets), r.arm.name == findings.recommended) for r in findings.arms
+        Row(_confirmed(study, r, arms, decimals, forgets), r.arm.name == findings.recommended) for r in findings.arms
     )
     return Table(heads, rows)
 
@@ -102,11 +104,17 @@ def search_table(findings: Findings) -> Table:
         edge = f"{edges[row.arm.name]} edge" if row.arm.name in edges else ""
         best = Cell("–" if row.best_rate is None else rate(row.best_rate), edge, value=row.best_rate)
         counts = (row.complete, row.pruned, row.diverged, *([row.infeasible] if unfit else []), row.failed)
-        tried = Cell(", ".join(rate(x) for x in row.rates) or "–", value=min(row.rates, default=None))
+        tried = Cell(_tried(row.rates), value=min(row.rates, default=None))
         loss = Cell(number(row.best_loss, 4), value=row.best_loss)
         cells = (Cell(row.arm.name), tried, best, loss, *(Cell(str(n), value=n) for n in counts))
         rows.append(Row(cells, row.arm.name == findings.recommended))
     return Table(heads, tuple(rows))
+
+
+def _tried(rates: Sequence[float]) -> str:
+    if len(rates) > MOST_RATES:
+        return f"{len(rates)} from {rate(rates[0])} to {rate(rates[-1])}"
+    return ", ".join(rate(x) for x in rates) or "–"
 
 
 def calibration_table(prepared: Prepared | None) -> Table:
@@ -198,7 +206,7 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
     return facts
 
 
-def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) -> tuple[Cell, ...]:
+def _confirmed(study: Study, result: ArmResult, arms: Sequence[Arm], decimals: int, forgets: bool) -> tuple[Cell, ...]:
     cost, name = result.cost, result.metric_name
     about = f"rate {rate(result.learning_rate)}, {plural(len(result.seeds), 'seed')}"
     gone = [(result.diverged_seeds, DIVERGED), (result.failed_seeds, FAILED)]
@@ -207,7 +215,7 @@ def _confirmed(study: Study, result: ArmResult, decimals: int, forgets: bool) ->
     to_full, against = (_difference(d, decimals) for d in (result.to_full, result.to_reference))
     means = [None if d is None else d.mean for d in (result.to_full, result.to_reference)]
     return (
-        Cell(arm_title(result.arm, study.list_arms()), about),
+        Cell(arm_title(result.arm, arms), about),
         Cell(
             number(result.loss_mean, decimals),
             span(result.loss_low, result.loss_high, decimals),

@@ -27,7 +27,7 @@ from sweep.report.style import (
     new_figure,
     panel_title,
 )
-from sweep.report.words import cost_title, size
+from sweep.report.words import cost_title, size, some
 from sweep.study.arms import Arm
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord
@@ -117,7 +117,7 @@ def memory(study: Study, record: StudyRecord) -> tuple[Figure, Drawn] | None:
     kinds = [axes.barh([0], [0], color=colour, label=kind) for kind, colour in KINDS]
     peaks = axes.plot([], [], "|", color=INK, ms=11, mew=1.8, label="measured peak")
     legend_above(figure, [*kinds, *peaks], 5, handlelength=1)
-    values = "; ".join(f"{cost_title(a, arms)} {size(c.peak_memory_bytes)}" for a, c in costs)
+    values = some([f"{cost_title(a, arms)} {size(c.peak_memory_bytes)}" for a, c in costs], "; ")
     return figure, Drawn(
         "memory",
         "Memory by kind",

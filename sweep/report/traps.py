@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -34,11 +35,14 @@ def same_effective_rate(rows: Sequence[SearchRow]) -> list[str]:
     Under AdamW another alpha is exactly another rate of B alone, so that alpha and rate moved together here.
     """
     told = []
-    for a, b in combinations([row for row in rows if row.arm.r and row.best_rate], 2):
-        alike = (a.arm.cost_key, a.arm.alpha_pattern) == (b.arm.cost_key, b.arm.alpha_pattern)
+    alike: dict[object, list[SearchRow]] = {}
+    for row in rows:
+        if row.arm.r and row.best_rate:
+            alike.setdefault((row.arm.cost_key, row.arm.alpha_pattern), []).append(row)
+    for a, b in (pair for members in alike.values() for pair in combinations(members, 2)):
         first, second = float(a.best_rate or 0), float(b.best_rate or 0)
         ours, theirs = a.arm.scaling * first, b.arm.scaling * second
-        if alike and max(ours, theirs) / min(ours, theirs) < SAME:
+        if max(ours, theirs) / min(ours, theirs) < SAME:
             told.append(
                 f"{a.arm.name} at {rate(first)} and {b.arm.name} at {rate(second)}, their best rates, differ in alpha "
                 f"alone and have the same scaling × learning rate ({rate(ours)}): their comparison cannot tell alpha "
@@ -146,20 +150,26 @@ def pruned_while_catching_up(study: Study, record: StudyRecord) -> list[str]:
     slope over the last rung before pruning is a least-squares line; it must fall (one-sided 5 %) and reach zero before
     the last step.
     """
-    searched = [t for t in record.trials if t.spec.phase == SEARCH and t.rungs]
-    told = []
-    for trial in searched:
-        last = trial.last
-        if trial.state != PRUNED or last is None:
-            continue
-        group = [t for t in searched if t.spec.arm.group == trial.spec.arm.group and t.step > trial.step]
-        meetings = [(step, t) for t in group if (step := _meets(trial, t, study.train.steps)) is not None]
-        if meetings:
-            step, other = min(meetings, key=lambda meeting: (meeting[0], meeting[1].spec.number))
-            told.append(
-                f"{trial.spec.arm.name} at {rate(trial.spec.learning_rate)} (step {trial.step}; level with "
-                f"{other.spec.arm.name} at {rate(other.spec.learning_rate)} by step {step} at that pace)"
-            )
+    by_group: dict[str, list[TrialRecord]] = {}
+    for trial in record.trials:
+        if trial.spec.phase == SEARCH and trial.rungs:
+            by_group.setdefault(trial.spec.arm.group, []).append(trial)
+    meetings = []
+    for members in by_group.values():
+        pruned = [t for t in members if t.state == PRUNED]
+        for start, stop in {(t.rungs[-1].measurement.start, t.step) for t in pruned}:
+            ahead = [t for t in members if t.step > stop]
+            losses_TW = np.array([_losses(t, start, stop) for t in ahead])
+            for trial in pruned:
+                if (trial.rungs[-1].measurement.start, trial.step) == (start, stop) and ahead:
+                    at = _meetings(np.array(_losses(trial, start, stop)) - losses_TW, start, stop, study.train.steps)
+                    if np.isfinite(at).any():
+                        meetings.append((trial, ahead[int(np.argmin(at))], int(at.min())))
+    told = [
+        f"{trial.spec.arm.name} at {rate(trial.spec.learning_rate)} (step {trial.step}; level with "
+        f"{other.spec.arm.name} at {rate(other.spec.learning_rate)} by step {step} at that pace)"
+        for trial, other, step in sorted(meetings, key=lambda meeting: meeting[0].spec.number)
+    ]
     if not told:
         return []
     more = f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
@@ -169,20 +179,33 @@ def pruned_while_catching_up(study: Study, record: StudyRecord) -> list[str]:
     ]
 
 
-def _meets(pruned: TrialRecord, other: TrialRecord, steps: int) -> int | None:
-    """The step at which the pruned trial would be level with the other; None where it was not catching up."""
-    last = pruned.last
-    assert last is not None
-    theirs = dict(other.train_curve)
-    gaps = [(step, loss - theirs[step]) for step, loss in pruned.train_curve if last.start < step and step in theirs]
-    if len(gaps) < 4 or len({gap for _, gap in gaps}) == 1:
-        return None
-    line = stats.linregress([s for s, _ in gaps], [g for _, g in gaps], alternative="less")
-    gap = line.intercept + line.slope * last.stop
-    if line.pvalue >= LEVEL or gap <= 0:
-        return None
-    meeting = last.stop - gap / line.slope
-    return math.ceil(meeting) if meeting <= steps else None
+def _losses(trial: TrialRecord, start: int, stop: int) -> list[float]:
+    """Training losses after `start` up to `stop`, NaN where there is none."""
+    rungs = [r for r in trial.rungs if r.measurement.start < stop and r.measurement.stop > start]
+    curve = dict(point for rung in rungs for point in rung.train_curve)
+    return [curve.get(step, math.nan) for step in range(start + 1, stop + 1)]
+
+
+def _meetings(gaps_TW: np.ndarray, start: int, stop: int, steps: int) -> np.ndarray:
+    """The step at which each gap, a row a trial ahead, would be closed; infinite where it is not closing by `steps`."""
+    none = np.full(len(gaps_TW), math.inf)
+    n = stop - start
+    if n < 4:
+        return none
+    x_W = np.arange(n) - (n - 1) / 2
+    spread = float(x_W @ x_W)
+    slope_T, mean_T = gaps_TW @ x_W / spread, gaps_TW.mean(axis=1)
+    rest_T = ((gaps_TW - mean_T[:, None] - slope_T[:, None] * x_W) ** 2).sum(axis=1)
+    gap_T = mean_T + slope_T * x_W[-1]  # at `stop`, on the line
+    with np.errstate(divide="ignore", invalid="ignore"):  # a gap that does not move at all
+        t_T = slope_T / np.sqrt(rest_T / (n - 2) / spread)
+        at_T = np.ceil(stop - gap_T / slope_T)
+    return np.where((t_T < _t_at_level(n - 2)) & (gap_T > 0) & (at_T <= steps), at_T, none)
+
+
+@cache
+def _t_at_level(freedom: int) -> float:
+    return float(stats.t.ppf(LEVEL, freedom))
 
 
 def power_line(study: Study, findings: Findings) -> str:

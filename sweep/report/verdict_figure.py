@@ -13,10 +13,11 @@ from sweep.report.drawing import Drawn, Numbers
 from sweep.report.intervals import INCONCLUSIVE, INFERIOR, NON_INFERIOR, Interval
 from sweep.report.marks import short_name
 from sweep.report.results import ArmResult, Findings
-from sweep.report.style import BLUE, FAINT, INK, SOFT, VERMILION, WHITE, is_narrow, legend_above, new_figure
+from sweep.report.style import BLUE, FAINT, INK, SOFT, VERMILION, WHITE, is_narrow, legend_above, new_figure, shortened
 from sweep.report.words import signed
 from sweep.study.schema import Study
 
+MOST_ROWS = 40  # arms that a figure still can show
 LOOKS = {NON_INFERIOR: (BLUE, "o", BLUE), INCONCLUSIVE: (SOFT, "o", WHITE), INFERIOR: (VERMILION, "X", VERMILION)}
 Pick = Callable[[ArmResult], tuple[Interval | None, str | None]]
 
@@ -27,7 +28,8 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
         (f"against {findings.reference_title(study)}", lambda r: (r.to_reference, r.verdict)),
         ("against full fine-tuning", lambda r: (r.to_full, r.full_verdict)),
     ]
-    arms = [r for r in findings.arms if not r.arm.is_full]
+    compared = [r for r in findings.arms if not r.arm.is_full]
+    arms = compared if len(compared) <= MOST_ROWS else [r for r in compared if r.in_sequence]
     shown = [
         (title, pick, rows)
         for title, pick in families
@@ -57,13 +59,17 @@ def verdicts(study: Study, findings: Findings) -> tuple[Figure, Drawn] | None:
     aside = "; arms that search did not choose for their rank are tested with Holm's correction" * any(
         not r.in_sequence for r in arms
     )
+    left_out = ""
+    if len(arms) < len(compared):
+        n = len(compared) - len(arms)
+        left_out = f" Only the arms that search chose for their ranks are drawn; the other {n} stand in the table."
     whose = " and of ".join(title.removeprefix("against ") for title, *_ in shown)
     return figure, Drawn(
         "verdicts",
         "Differences, and what they show",
         f"Test loss of each arm less that of {whose}, paired by seed: means with two-sided 95 % t-intervals. "
         "Right of 0 is worse. An arm is non-inferior where its one-sided 95 % bound, the small tick, lies left of the "
-        "dashed ε and so do those of all larger ranks" + aside + ".",
+        "dashed ε and so do those of all larger ranks" + aside + "." + left_out,
         f"Differences of test loss with intervals. {told}.",
         Numbers(
             (
@@ -123,4 +129,4 @@ def _key(verdict: str) -> Line2D:
 
 
 def _called(name: str, arms: Sequence[ArmResult]) -> str:
-    return short_name(next(r.arm for r in arms if r.arm.name == name))
+    return shortened(short_name(next(r.arm for r in arms if r.arm.name == name)))

@@ -15,6 +15,7 @@ NOTHING = "–"
 LOCAL_PATH = re.compile(r"(?<![\w:/.…~])~?(?:/[\w.+@~-]+)+/([\w.+@~-]+)/?")
 
 
+MOST_NAMED = 12
 BITS = {"4bit": "4 bits (NF4, double quantisation)", "8bit": "8 bits"}
 
 
@@ -100,7 +101,16 @@ def share(ours: float, theirs: float) -> str:
 
 
 def join(parts: list[str]) -> str:
+    """ "a, b and c"; of more than a sentence bears, the first and how many more there are."""
+    if len(parts) > MOST_NAMED:
+        return some(parts)
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def some(parts: Sequence[str], separator: str = ", ") -> str:
+    """ "a, b, c"; of more than a sentence bears, the first and how many more there are."""
+    left_out = len(parts) - MOST_NAMED
+    return separator.join(parts) if left_out <= 0 else f"{separator.join(parts[:MOST_NAMED])} and {left_out} more"
 
 
 def plural(n: int, word: str) -> str:

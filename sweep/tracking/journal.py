@@ -6,7 +6,10 @@ the confirm phase; a trial's journal its rungs and its end. How lines are writte
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,11 @@ class Rung:
     time: float  # seconds since the epoch, when it was written
     measurement: Measurement
 
+    @property
+    def train_curve(self) -> list[tuple[int, float]]:
+        """(step, training loss), a point a step."""
+        return list(enumerate(self.measurement.train_loss, start=self.measurement.start + 1))
+
 
 @dataclass(frozen=True)
 class TrialRecord:
@@ -80,11 +88,7 @@ class TrialRecord:
     @property
     def train_curve(self) -> list[tuple[int, float]]:
         """(step, training loss), a point a step."""
-        return [
-            (rung.measurement.start + i + 1, loss)
-            for rung in self.rungs
-            for i, loss in enumerate(rung.measurement.train_loss)
-        ]
+        return [point for rung in self.rungs for point in rung.train_curve]
 
     @property
     def eval_curve(self) -> list[tuple[int, float]]:
@@ -110,6 +114,17 @@ class StudyRecord:
     forecast: StudyForecast | None = None  # from before the first trial
     provenance: tuple[dict[str, Any], ...] = ()  # what each of them told: see `sweep.driver.provenance`
     place: str = ""  # folder or URL of its checkpoints, with a folder for each trial; "": the trials' own folders
+
+    def trials_of(self, phase: str, arm: str) -> Sequence[TrialRecord]:
+        """An arm's trials in one phase, by number."""
+        return self._by_arm.get((phase, arm), ())
+
+    @cached_property
+    def _by_arm(self) -> Mapping[tuple[str, str], Sequence[TrialRecord]]:
+        found: dict[tuple[str, str], list[TrialRecord]] = defaultdict(list)
+        for trial in self.trials:
+            found[trial.spec.phase, trial.spec.arm.name].append(trial)
+        return dict(found)
 
 
 def append_asked(spec: TrialSpec) -> None:

@@ -102,9 +102,11 @@ class Projector:
             reason = _one_line(self._error)
         else:
             return None
+        # What SQLite calls an operational error passes: a lock, a full disk. Its other errors are a damaged file's.
+        mend = "move that file away, and " if "(sqlite3.DatabaseError)" in reason else ""
         return (
             f"MLflow at {without_credentials(self._tracking.uri)} is not up to date ({reason}). "
-            "Nothing is lost: the same `sweep run` command brings it up to date later."
+            f"Nothing is lost: {mend}the same `sweep run` command brings it up to date later."
         )
 
     def _run(self) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,16 @@ def remove_others(trial: TrialSpec, keep: Saved | None, without: Sequence[str] =
     if keep is not None:
         for name in without:
             Path(place, keep.name, name).unlink(missing_ok=True)
+
+
+def remove_all_but(url: str, kept: Mapping[int, tuple[Saved | None, Sequence[str]]]) -> None:
+    """The same for all trials of a study at once. kept: by trial, what `remove_others` is given; nothing of others."""
+
+    def is_kept(path: str) -> bool:
+        number, _, rest = path.partition("/")
+        return number.isdigit() and int(number) in kept and _is_kept(rest, *kept[int(number)])
+
+    remote.remove(url, is_kept)
 
 
 def _is_kept(path: str, keep: Saved | None, without: Sequence[str]) -> bool:

@@ -269,7 +269,7 @@ def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes
 @pytest.mark.slow
 @pytest.mark.fault(
     case="a Ray node killed under a real study",
-    happens="another worker trains the pack's rung again; the loss curves are those of a run in one process",
+    happens="another worker trains the pack's rung again; the loss curves are those of one process, undisturbed",
     lost="nothing",
 )
 def test_a_study_on_two_nodes_has_the_loss_curves_of_one_in_this_process(nodes: Nodes, tmp_path: Path) -> None:
