@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from test_packing import ready_trials, slot
 from worker_units import packs_seen, with_fault, workers
 
+from sweep.driver import phase
 from sweep.driver.failures import LOSSES, decide
 from sweep.driver.packing import Pack, Ready, plan_packs
 from sweep.driver.pricing import allowed_seconds
@@ -342,3 +343,34 @@ def leave_half(mark: Path, unit: Unit) -> tuple[Measurement, ...]:
         (Path(unit.trials[0].folder) / "checkpoints" / ".tmp-1-77").mkdir(parents=True)
         units.die(signal.SIGKILL)
     return train_rung(unit)
+
+
+class Growing(Threads):
+    """One worker, and another that joins once the first has work."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.slots = 1
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        if args and isinstance(args[0], Unit):
+            self.slots = 2
+        return super().submit(fn, *args)
+
+
+def test_a_worker_that_joins_is_used_while_others_train(
+    home: Home, done: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phase, "LOOK_FOR_WORKERS_EVERY", 0.05)
+    study, meeting = make_study(), threading.Barrier(2)
+    first = iter([True, True])
+
+    def train(unit: Unit) -> tuple[Measurement, ...]:
+        if next(first, False):
+            meeting.wait(20)  # BrokenBarrierError where the first one trains alone
+        return train_rung(unit)
+
+    with Growing() as executor:
+        run(home, study, fake_work(train), executor)
+    assert not meeting.broken
+    assert found(home, study) == found(done, study)

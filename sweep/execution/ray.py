@@ -239,7 +239,7 @@ class RayExecutor:
             self._lose(worker, how_it_ended(error, worker.node))
         else:
             worker.call, worker.used = None, self._now
-            settle(call.future, done)
+            settle(call.future, done, worker.node)
 
     def _end(self, future: Future[Any], reason: str) -> None:
         for worker in [worker for worker in self._workers if worker.call and worker.call.future is future]:
