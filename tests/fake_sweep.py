@@ -30,7 +30,8 @@ class Options(TypedDict, total=False):
     kill: list[Any]  # function's module and name, "before" or "after", which call: there the process kills itself
     track: bool  # project into MLflow
     track_every: float  # seconds
-    jump: list[float]  # from which rung on the wall clock is wrong, and by how many seconds
+    jump: list[float]  # from which rung on the wall clock is wrong (-1: from the start), and by how many seconds
+    inputs: bool  # data and model are real, and their fingerprints; only the training is not
     versions: dict[str, str]  # packages that claim another version
     without: str  # a package that cannot be imported
     gate: str  # folder with a file for each process that is ready; they begin at once when one of them is "open"
@@ -69,6 +70,8 @@ def main() -> None:
     options: Options = json.loads(sys.argv[1])
     sys.argv = ["sweep", *sys.argv[2:]]
     sys.path.insert(0, str(TESTS))
+    if options.get("jump", [0])[0] < 0:
+        _set_clock(options["jump"][1])
     if "without" in options:
         sys.modules[options["without"]] = None  # type: ignore[assignment]
     import fakes
@@ -76,8 +79,9 @@ def main() -> None:
     import sweep.driver.patience
     import sweep.tracking.mlflow
 
+    preparing = {"prepare": fakes.prepare, "fingerprints": fakes.fingerprints}
     for name, functions in {
-        "prepare": {"prepare": fakes.prepare, "fingerprints": fakes.fingerprints},
+        "prepare": _real_inputs(fakes.prepare) if options.get("inputs") else preparing,
         "forecast": {"forecast": fakes.forecast},
         "probe": {"probe": fakes.probe},
         "rung": {"train_rung": _trainer(options, fakes.train_rung)},
@@ -104,18 +108,36 @@ def main() -> None:
 
 
 def _trainer(options: Options, real: Callable[..., Any]) -> Callable[..., Any]:
-    rungs, clock = count(), time.time
+    rungs = count()
 
     def train_rung(unit: Any) -> Any:
         time.sleep(options.get("seconds", 0.0))
         rung = next(rungs)
         if "jump" in options and rung == options["jump"][0]:
-            time.time = lambda: clock() + options["jump"][1]
+            _set_clock(options["jump"][1])
         while "hold" in options and rung == options["hold"][0] and not Path(options["hold"][1]).exists():
             time.sleep(0.05)
         return real(unit)
 
     return train_rung
+
+
+def _real_inputs(prepare: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    from dataclasses import replace
+
+    from sweep.training.prepare import fingerprints
+
+    def prepare_with(setup: Any, arms: Any) -> Any:
+        data, model, _ = fingerprints(setup)
+        return replace(prepare(setup, arms), data_fingerprint=data, model_fingerprint=model)
+
+    return {"prepare": prepare_with, "fingerprints": fingerprints}
+
+
+def _set_clock(seconds: float) -> None:
+    """What a clock that is set shows; the monotonic clock is not touched by it."""
+    real = time.time
+    time.time = lambda: real() + seconds
 
 
 def _publish(study: Any, folder: Any, projector: Any, cache: Path) -> Any:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+import psycopg
 import pytest
+from commands import sweep
 from fakes import make_study
 from hypothesis import given
 from hypothesis import strategies as st
+from postgres import PASSWORD as PASSWORD_OF_POSTGRES
+from postgres import database as database
+from postgres import postgres as postgres
+from servers import free_port, running
+from tiny_texts import save_tiny_llama, write_lines
 
 from sweep import cli
 from sweep.driver.question import refuse_other_question, write_question
@@ -36,6 +47,17 @@ ENVIRONMENT = {
     "HTTP_PROXY": f"http://someone:{CANARY}-proxy@127.0.0.1:9",
     "NO_PROXY": "127.0.0.1",
 }
+
+STUDY = """
+name: tiny
+model: {place}/model
+task: causal-lm
+data: {{source: {place}/texts.txt, max_length: 12, validation: 0.2, test: 0.2}}
+arms: {{rank: [2], alpha_ratio: [1], target_modules: [[q_proj]], full_finetuning: false}}
+tune: {{learning_rate: [1.0e-3]}}
+train: {{steps: 2, batch_size: 2, precision: float32}}
+confirm: {{seeds: [1, 2], reference: 2, epsilon: 10.0}}
+"""
 
 
 @pytest.mark.parametrize(
@@ -170,3 +192,84 @@ def spilled(place: Path) -> list[str]:
     """Files below that hold a canary, study.yaml as the test wrote it aside."""
     files = [path for path in place.rglob("*") if path.is_file()]
     return [str(path) for path in files if CANARY.encode() in path.read_bytes() and path != place / "study.yaml"]
+
+
+def test_a_study_taken_up_by_name_says_what_to_do_about_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path / "home")
+    study = read_study(QUICKSTART, [f"storage=postgresql://me:{ENCODED}@127.0.0.1:9/db"]).study
+    home.study(study.name).path.mkdir(parents=True)
+    write_question(study, home.study(study.name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sweep.cli.signal.signal", lambda number, handler: None)  # pytest's own stay
+    monkeypatch.setattr(sys, "argv", ["sweep", "run", study.name, "--home", str(home.root)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 1 and "run the study by its file, or set SWEEP_STORAGE" in line
+    assert CANARY not in line
+
+
+class Arguments:
+    """What every process below one is started with: anybody on the machine can read that."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.over = threading.Event()
+
+    def watch(self) -> None:
+        while not self.over.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    self.seen.add(" ".join(process.cmdline()))
+
+
+@pytest.mark.slow
+def test_a_study_that_runs_and_is_looked_at_leaves_no_secret_anywhere(tmp_path: Path, database: str) -> None:
+    """On PostgreSQL with a password, with worker processes, tracked at a server that is given a password."""
+    save_tiny_llama(tmp_path / "model")
+    write_lines(tmp_path / "texts.txt", 60, 0)
+    (tmp_path / "tiny.yaml").write_text(STUDY.format(place=tmp_path))
+    port, store = free_port(), f"sqlite:///{tmp_path / 'server.db'}"
+    environment = {
+        **{name: value for name, value in ENVIRONMENT.items() if "PROXY" not in name},
+        "SWEEP_STORAGE": database,
+        "MLFLOW_TRACKING_URI": f"http://someone:{CANARY}%2Fserver@127.0.0.1:{port}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    server = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    server += ["--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")]
+    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    arguments = Arguments()
+    said = ""
+    with running(server, quiet, f"http://127.0.0.1:{port}/health", tmp_path / "server.log"):
+        watching = threading.Thread(target=arguments.watch)
+        watching.start()
+        for words in (
+            ["run", "tiny.yaml", "--executor", "local"],
+            ["run", "tiny"],
+            ["status"],
+            ["report", "tiny"],
+            ["export", "tiny", "--to", "out", "--register", "tiny"],
+            ["dashboard", "tiny"],
+            ["doctor"],
+        ):
+            done = sweep(*words, cwd=tmp_path, **environment)
+            assert done.returncode == 0, (words, done.stdout, done.stderr)
+            said += done.stdout + done.stderr
+        arguments.over.set()
+        watching.join()
+    with psycopg.connect(database) as connection:
+        tables = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        rows = [str(connection.execute(f"SELECT * FROM {name}").fetchall()) for (name,) in tables]
+    assert len(rows) > 5 and any("r2-ratio1" in row for row in rows), "the study is in that database"
+    assert (tmp_path / "reports" / "tiny" / "report.html").exists() and "registered: tiny" in said
+    assert any("verify" in one for one in arguments.seen) and (tmp_path / "artifacts").exists()
+    for secret in (CANARY, PASSWORD_OF_POSTGRES):
+        assert secret not in said
+        assert not any(secret in row for row in rows)
+        assert not any(secret in one for one in arguments.seen)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []

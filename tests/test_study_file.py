@@ -201,6 +201,9 @@ def test_set_changes_a_key_and_its_errors_say_so(tmp_path: Path) -> None:
     path.write_text(GOOD)
     study = read_study(path, ["train.steps=90", "search.rungs=[30, 90]", "data.text=body"]).study
     assert (study.train.steps, study.rungs, study.data.text) == (90, (30, 90), "body")
+    path.write_text(dump_study(study))  # as a study that has run lies in the home, with every default
+    resources = read_study(path, ["resources.workers=2"]).study.resources
+    assert resources is not None and resources.workers == 2
     assert problems_of(tmp_path, GOOD, "train.clip=1e-3")[0].startswith("--set: train.clip: '1e-3' is text")
     assert problems_of(tmp_path, GOOD, "train.stepps=3") == ["--set: train.stepps: unknown key; did you mean steps?"]
     assert problems_of(tmp_path, GOOD, "steps") == ["--set: 'steps' is not of the form dotted.key=value"]

@@ -198,7 +198,9 @@ def _apply_override(raw: dict[str, Any], override: str, line_of: dict[FieldPath,
         return Problem(name, f"{text[:80]!r} is not YAML: {reason}", ON_COMMAND_LINE)
     at: dict[str, Any] = raw
     for key in field[:-1]:
-        below = at.setdefault(key, {})
+        if at.get(key) is None:  # missing, or `null` as in a study that has run
+            at[key] = {}
+        below = at[key]
         if not isinstance(below, dict):
             return Problem(name, f"{key} holds no keys of its own", ON_COMMAND_LINE)
         at = below
