@@ -346,7 +346,7 @@ def leave_half(mark: Path, unit: Unit) -> tuple[Measurement, ...]:
 
 
 class Growing(Threads):
-    """One worker, and another that joins once the first has work."""
+    """One worker, and another that joins a moment after the first has work."""
 
     def __init__(self) -> None:
         super().__init__(2)
@@ -354,8 +354,11 @@ class Growing(Threads):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
         if args and isinstance(args[0], Unit):
-            self.slots = 2
+            threading.Timer(0.5, self.grow).start()
         return super().submit(fn, *args)
+
+    def grow(self) -> None:
+        self.slots = 2
 
 
 def test_a_worker_that_joins_is_used_while_others_train(
@@ -367,7 +370,7 @@ def test_a_worker_that_joins_is_used_while_others_train(
 
     def train(unit: Unit) -> tuple[Measurement, ...]:
         if next(first, False):
-            meeting.wait(20)  # BrokenBarrierError where the first one trains alone
+            meeting.wait(10)  # BrokenBarrierError where the first one trains alone
         return train_rung(unit)
 
     with Growing() as executor:
