@@ -30,7 +30,7 @@ QUIET = {
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # its only switch that makes 127.0.0.1 a node's address
 IMPATIENT = {
     "RAY_gcs_server_port_wait_time_s": "1",  # tries to get in; one takes 40 s where a stranger listens
-    "RAY_gcs_server_request_timeout_seconds": str(2 * SECONDS_TO_ANSWER),  # to find the node on this machine
+    "RAY_gcs_server_request_timeout_seconds": "30",  # to find the node on this machine, which may just start
 }
 
 
@@ -64,10 +64,11 @@ def list_nodes() -> list[Node]:
     """Those that are alive. Blocks while the head does not answer."""
     import ray
 
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    has = [node["Resources"] for node in alive]
     return [
-        Node(node["NodeID"], node["NodeManagerAddress"], found.get("CPU", 0.0), found.get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"] and (found := node["Resources"])
+        Node(node["NodeID"], node["NodeManagerAddress"], its.get("CPU", 0.0), its.get("GPU", 0.0))
+        for node, its in zip(alive, has, strict=True)
     ]
 
 
