@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sweep.driver.checkpoints import refuse_absent
 from sweep.driver.failures import Decision, call, decide, is_passing
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group
 from sweep.driver.interrupts import heed
@@ -20,17 +21,19 @@ from sweep.driver.rebuild import set_apart, take_rebuilt
 from sweep.driver.session import Session, ask, can_ask, end, settle
 from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
+from sweep.tracking.remote import PlaceError
 
 LOOK_FOR_WORKERS_EVERY = 5.0  # seconds, while packs wait
 
 
 @dataclass
 class Running:
-    """A pack in training, and when it is taken for hung."""
+    """A pack in training, when it is taken for hung, and whether another ever was in training beside it."""
 
     pack: Pack
     allowed: float | None  # seconds
     due: float | None  # by time.monotonic; None: never, or it has been ended
+    shared: bool = False
 
 
 @dataclass
@@ -74,7 +77,7 @@ def run_phase(
     while phase.running or (phase.trouble is None and (phase.ready or phase.packs or phase.exclusive)):
         _start_packs(phase)
         for future in _wait(phase):
-            _take_up(phase, phase.running.pop(future).pack, future)
+            _take_up(phase, phase.running.pop(future), future)
         phase.trouble = phase.trouble or next(iter(session.trouble), None)
     if phase.trouble is not None:
         raise phase.trouble
@@ -87,16 +90,23 @@ def _start_packs(phase: Phase) -> None:
         pack = _next_pack(phase)
         if pack is None:
             return
-        pack, spared = _spare_unfit(phase, pack)
-        for slot in spared:
-            _leave_rung(phase, slot)
-        if pack.slots:
-            allowed = _allowed_seconds(phase, pack)
-            due = None if allowed is None else time.monotonic() + allowed
-            try:
-                phase.running[_submit(phase, pack)] = Running(pack, allowed, due)
-            except StorageError as away:
-                phase.trouble = away
+        try:
+            pack, spared = _spare_unfit(phase, pack)
+            for slot in spared:
+                _leave_rung(phase, slot)
+            if pack.slots:
+                _begin(phase, pack)
+        except StorageError as away:
+            phase.trouble = away
+
+
+def _begin(phase: Phase, pack: Pack) -> None:
+    allowed = _allowed_seconds(phase, pack)
+    due = None if allowed is None else time.monotonic() + allowed
+    phase.running[_submit(phase, pack)] = Running(pack, allowed, due)
+    if len(phase.running) > 1:  # remembered: when a pack finds no memory, the others may have ended, or their workers
+        for running in phase.running.values():
+            running.shared = True
 
 
 def _next_pack(phase: Phase) -> Pack | None:
@@ -161,12 +171,18 @@ def _wait(phase: Phase) -> Set[Future[Any]]:
     return finished
 
 
-def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
+def _take_up(phase: Phase, running: Running, future: Future[Any]) -> None:
     """What a pack that left training found, or what its error asks for."""
-    session, error = phase.session, future.exception()
+    session, pack, error = phase.session, running.pack, future.exception()
     session.tally.running -= len(pack.slots)
     if error is not None and not isinstance(error, Exception):
         raise error  # an interrupt that reached the worker
+    if error is None:
+        try:
+            specs = [session.records[slot.name].spec for slot in pack.slots]
+            refuse_absent(zip(specs, future.result(), strict=True))
+        except PlaceError as absent:
+            error = absent
     if error is None and pack.rebuild is None:
         for slot, measurement in zip(pack.slots, future.result(), strict=True):
             settle(session, slot.name, measurement)
@@ -176,7 +192,7 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
         session.say(f"{name_trials(pack)} cannot go on: {in_one_line(error)}")
         return
     else:
-        decision = _decide(phase, pack, future)
+        decision = _decide(phase, running, future)
         message = decision.message
         if decision.most is not None:
             phase.pack_size = min(phase.pack_size, decision.most)
@@ -191,14 +207,14 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
     session.say(message)
 
 
-def _decide(phase: Phase, pack: Pack, future: Future[Any]) -> Decision:
-    session, error = phase.session, future.exception()
+def _decide(phase: Phase, running: Running, future: Future[Any]) -> Decision:
+    session, pack, error = phase.session, running.pack, future.exception()
     if error is None:
         return take_rebuilt(session, phase.prepared, pack, future.result()[0])
     if isinstance(error, Damaged):
         return set_apart(pack, error, session.records)
     assert isinstance(error, Exception)
-    return decide(pack, error, shared=phase.slots > 1)
+    return decide(pack, error, running.shared)
 
 
 def _spare_unfit(phase: Phase, pack: Pack) -> tuple[Pack, list[Slot]]:
