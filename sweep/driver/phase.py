@@ -16,7 +16,7 @@ from sweep.driver.interrupts import heed
 from sweep.driver.packing import Pack, Ready, at_most, name_trials, plan_packs
 from sweep.driver.patience import StorageError
 from sweep.driver.plan import Slot
-from sweep.driver.pricing import allowed_seconds
+from sweep.driver.pricing import SECONDS_TO_PROBE, allowed_seconds, seconds_aside
 from sweep.driver.rebuild import set_apart, take_rebuilt
 from sweep.driver.session import Session, ask, can_ask, end, settle
 from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
@@ -31,8 +31,8 @@ class Running:
     """A pack in training, when it is taken for hung, and whether another ever was in training beside it."""
 
     pack: Pack
-    allowed: float | None  # seconds
-    due: float | None  # by time.monotonic; None: never, or it has been ended
+    allowed: float | None  # seconds; None: as long as it takes, or it has been ended
+    due: float | None = None  # by time.monotonic; None until it has a worker
     shared: bool = False
 
 
@@ -102,8 +102,7 @@ def _start_packs(phase: Phase) -> None:
 
 def _begin(phase: Phase, pack: Pack) -> None:
     allowed = _allowed_seconds(phase, pack)
-    due = None if allowed is None else time.monotonic() + allowed
-    phase.running[_submit(phase, pack)] = Running(pack, allowed, due)
+    phase.running[_submit(phase, pack)] = Running(pack, allowed)
     if len(phase.running) > 1:  # remembered: when a pack finds no memory, the others may have ended, or their workers
         for running in phase.running.values():
             running.shared = True
@@ -158,7 +157,7 @@ def _allowed_seconds(phase: Phase, pack: Pack) -> float | None:
 
 def _wait(phase: Phase) -> Set[Future[Any]]:
     """The futures that have ended: none where a pack's time is over, and its worker is ended, or more may have come."""
-    dues = [running.due for running in phase.running.values() if running.due is not None]
+    dues = [due for future, running in phase.running.items() if (due := _due(running, future)) is not None]
     if phase.ready or phase.packs:
         dues.append(time.monotonic() + LOOK_FOR_WORKERS_EVERY)
     timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
@@ -166,9 +165,19 @@ def _wait(phase: Phase) -> Set[Future[Any]]:
     heed()  # before an error that an interrupt was turned into counts as a trial's
     for future, running in phase.running.items():
         if future not in finished and running.due is not None and time.monotonic() >= running.due:
-            running.due = None
             phase.session.executor.end(future, f"did nothing for {running.allowed:.0f} s")
+            running.allowed = running.due = None
     return finished
+
+
+def _due(running: Running, future: Future[Any]) -> float | None:
+    """When to look after a pack: when its time is over. One that still waits for a worker does not hang."""
+    if running.allowed is None:
+        return None
+    if running.due is None and not future.running():
+        return time.monotonic() + min(running.allowed, LOOK_FOR_WORKERS_EVERY)
+    running.due = running.due or time.monotonic() + running.allowed
+    return running.due
 
 
 def _take_up(phase: Phase, running: Running, future: Future[Any]) -> None:
@@ -243,7 +252,8 @@ def _no_room(phase: Phase, slot: Slot) -> str | None:
         return None
     session.say(f"{key} is not expected to fit and is probed in a process of its own")
     try:
-        call(session.executor, f"probing {key}", session.work.probe, session.setup, phase.prepared, slot.arm)
+        seconds, probe = seconds_aside(session.study, SECONDS_TO_PROBE), session.work.probe
+        call(session.executor, f"probing {key}", probe, session.setup, phase.prepared, slot.arm, seconds=seconds)
     except Exception as error:
         heed()
         if is_out_of_memory(error) or was_killed(error):

@@ -29,16 +29,13 @@ class Actor:
         return answer(request)
 
 
-def settle(future: Future[Any], done: Future[bytes]) -> None:
-    """End a unit's future in what its worker answered."""
+def read_answer(done: Future[bytes]) -> tuple[Any, Exception | None]:
+    """What a unit returned, or raised, from its worker's answer."""
     try:
         value, error = pickle.loads(done.result())
     except Exception as unreadable:
-        value, error = None, RuntimeError(last_line(unreadable))
-    if error is None:
-        future.set_result(value)
-    else:
-        future.set_exception(error)
+        return None, RuntimeError(last_line(unreadable))
+    return value, error
 
 
 def place_actor(plan: Plan, node: Node) -> Any:
