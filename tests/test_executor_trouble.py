@@ -8,21 +8,24 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import worker_units as units
 from driving import Threads, records_of, run
-from fakes import fake_work, make_study, train_rung
+from fakes import fake_work, fingerprints, make_study, train_rung
 from worker_units import wait_for, workers
 
 from sweep.driver.failures import call
+from sweep.driver.patience import Patience, StorageError, patiently
 from sweep.execution import local, ray, ray_cluster
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.ray_nodes import Node
 from sweep.study.errors import NoWorkers, WorkerLost, broke_device
 from sweep.study.home import Home
+from sweep.study.records import Measurement, Setup, Unit
 
 BROKEN = RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -151,3 +154,30 @@ def test_the_cluster_of_a_command_knows_the_parts_of_a_divided_gpu(monkeypatch: 
     with pytest.raises(NoWorkers, match="enough"), ray_cluster._own(Node("", "127.0.0.1", 2, 2)):
         pass
     assert seen == [("MIG-1,MIG-2", 2)]
+
+
+def test_an_error_of_our_own_is_not_told_as_a_damaged_storage() -> None:
+    def fail(again: bool) -> None:
+        raise KeyError("slot")
+
+    with pytest.raises(KeyError):
+        patiently(Patience("sqlite:///optuna.db"), fail)
+    with pytest.raises(StorageError, match="is damaged"):
+        patiently(Patience("sqlite:///optuna.db"), fail, reads=True)
+
+
+def test_the_lock_names_its_holder_while_inputs_are_read(tmp_path: Path) -> None:
+    study, home, seen = make_study(), Home(tmp_path), []
+
+    def fail(unit: Unit) -> tuple[Measurement, ...]:
+        raise OSError(28, "No space left on device")
+
+    def look(setup: Setup) -> tuple[str, str, str]:
+        seen.append(home.study(study.name).lock.read_text())
+        return fingerprints(setup)
+
+    with pytest.raises(OSError):
+        run(home, study, fake_work(fail))
+    home.study(study.name).lock.write_text("")
+    run(home, study, replace(fake_work(), fingerprints=look))
+    assert [int(name) for name in seen] == [os.getpid()]

@@ -21,7 +21,16 @@ from sweep.execution import devices
 from sweep.execution.choose import ExecutorName, describe, local_environments, open_executor
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.local import LocalExecutor
-from sweep.study.errors import Damaged, FieldError, NoWorkers, WorkerLost, is_out_of_memory, was_killed
+from sweep.study.errors import (
+    Damaged,
+    FieldError,
+    NoWorkers,
+    Told,
+    WorkerLost,
+    in_one_line,
+    is_out_of_memory,
+    was_killed,
+)
 from sweep.study.schema import Resources
 
 
@@ -109,7 +118,7 @@ def test_a_unit_that_wants_to_leave_ends_neither_worker_nor_driver(error: BaseEx
 def test_an_error_that_cannot_cross_becomes_its_line(fails: Any, line: str) -> None:
     with workers(1) as executor:
         error = executor.submit(fails).exception()
-        assert type(error) is RuntimeError and str(error) == line
+        assert type(error) is Told and str(error) == in_one_line(error) == line
         assert is_out_of_memory(error) == ("CUDA" in line)
 
 
@@ -335,7 +344,7 @@ def test_a_wrong_combination_is_refused_in_one_line_that_names_the_field(tmp_pat
     study = Path("studies/quickstart.yaml").absolute()
     done = sweep("run", str(study), "--home", "home", "--set", "resources.workers=2", cwd=tmp_path)
     assert done.returncode == 2
-    reason = "asks for workers in processes of their own: run it with --executor local or ray, or leave it out"
+    reason = "asks for workers: run it with --executor local or ray, in processes of their own, or leave it out"
     assert done.stderr == f"--set: resources.workers: {reason}\n"
     for asked in ("workers=0", "gpus=1.5", "gpus=-1", "cpus=0", "seconds_per_rung=0", "wrkers=1", "workers=1.5"):
         done = sweep("run", str(study), "--home", "home", "--set", f"resources.{asked}", cwd=tmp_path)

@@ -172,7 +172,8 @@ def test_no_worker_idles_while_another_has_a_large_pack(ready: list[Ready], pack
     assert sorted(s.index for pack in packs for s in pack.slots) == [r.slot.index for r in ready]
     most = max((len(pack.slots) for pack in packs), default=0)
     assert most <= pack_size and most <= -(-len(ready) // n)
-    assert len(packs) >= min(len(ready), n) or most == 1 or len(packs) * most >= len(ready)
+    kinds, even = Counter((r.start, r.slot.arm.is_full) for r in ready), max(1, min(pack_size, -(-len(ready) // n)))
+    assert len(packs) == sum(times if full else -(-times // even) for (_, full), times in kinds.items())
 
 
 def test_two_workers_share_what_one_pack_would_hold() -> None:

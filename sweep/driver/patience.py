@@ -68,10 +68,11 @@ class Patience:
         return f"the Optuna storage {shown_url(self.url)}"
 
 
-def patiently(patience: Patience, call: Callable[[bool], T]) -> T:
+def patiently(patience: Patience, call: Callable[[bool], T], reads: bool = False) -> T:
     """What `call` returns; called again, after growing pauses, while the storage does not answer.
 
     call: takes whether it was called before: an attempt whose answer was lost may have been carried out.
+    reads: the call reads what the storage holds of a study, so that an error without SQL tells of damage.
     Raises StorageError where waiting does not help, or has not helped for `patience.seconds`; an interrupt between two
     attempts is raised at once.
     """
@@ -83,7 +84,7 @@ def patiently(patience: Patience, call: Callable[[bool], T]) -> T:
             raise
         except Exception as error:
             found = find_cause(error)
-            if found is None and isinstance(error, UNREADABLE):
+            if found is None and reads and isinstance(error, UNREADABLE):
                 raise damaged(patience, in_one_line(error)) from error
             if found is None:
                 raise

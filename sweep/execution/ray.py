@@ -20,12 +20,12 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from sweep import __version__
+from sweep.execution.choose import count
 from sweep.execution.ray_actor import how_it_ended, last_line, place_actor, read_answer
 from sweep.execution.ray_cluster import Cluster, answers, joined, list_nodes, this_machine
 from sweep.execution.ray_nodes import (
     Node,
     Plan,
-    count,
     count_workers,
     plan_workers,
     refuse_more,

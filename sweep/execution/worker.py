@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from traceback import clear_frames
 
 from sweep.study.arms import Arm
-from sweep.study.errors import WorkerLost, broke_device, in_one_line
+from sweep.study.errors import Told, WorkerLost, broke_device, in_one_line
 from sweep.study.records import Cost, Measurement, Prepared, Setup, StudyForecast, Unit
 
 
@@ -75,7 +75,7 @@ def answer(request: bytes) -> bytes:
 
 
 def as_sent(error: BaseException) -> Exception:
-    """An error as it crosses a process boundary: itself, or a RuntimeError with its line where it cannot.
+    """An error as it crosses a process boundary: itself, or what is told of it where it cannot.
 
     torch's own count as such, since the other side may not have torch, and need not load it.
     """
@@ -83,7 +83,7 @@ def as_sent(error: BaseException) -> Exception:
         with suppress(Exception):  # whatever its own pickling does
             if type(pickle.loads(pickle.dumps(error))) is type(error):
                 return error
-    return RuntimeError(in_one_line(error))
+    return Told(in_one_line(error))
 
 
 def let_go(error: BaseException) -> None:
