@@ -60,6 +60,8 @@ def main() -> None:
     """The `sweep` command: errors become lines on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would tear the live table
+    # What a killed process had is tidied up by multiprocessing's tracker, which need not tell the user.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     try:
         app()
     except KeyboardInterrupt:

@@ -97,6 +97,8 @@ class LocalExecutor:
         atexit.unregister(self.shutdown)
 
     def _run(self, future: Future[Any], call: Call) -> None:
+        # A process that starts from here inherits it: Ctrl-C reaches a whole process group, and the driver decides.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(self._answer(call))
@@ -201,8 +203,7 @@ def _bury(worker: Worker) -> int | None:
 
 def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
     """What a worker does until its driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setpgrp()  # Ctrl-C reaches the driver's group, and the driver decides; what this worker starts ends with it
+    os.setpgrp()  # what it starts ends with it
     die_with_parent(with_group=True)
     os.environ.update(environment)
     with suppress(EOFError):

@@ -31,8 +31,8 @@ task: causal-lm
 data: {{source: {folder}/texts.txt, max_length: 12, validation: 0.2, test: 0.2}}
 arms: {{rank: [2, 4, 8], alpha_ratio: [1], target_modules: [[q_proj]], full_finetuning: true}}
 tune: {{learning_rate: [1.0e-3, 3.0e-3], full_finetuning: {{learning_rate: [1.0e-4, 3.0e-4]}}}}
-train: {{steps: 240, batch_size: 4, precision: float32}}
-search: {{rungs: [80, 240]}}
+train: {{steps: 12, batch_size: 4, precision: float32}}
+search: {{rungs: [4, 12]}}
 confirm: {{seeds: [1], reference: 8, epsilon: 0.05}}
 """
 LOCAL = ("--executor", "local", "--set", "resources.workers=2")
