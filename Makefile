@@ -2,13 +2,15 @@
 .PHONY: quickstart test check audit install dev clean
 BIN := .venv/bin
 VERSIONS := pyproject.toml constraints.txt scripts/install.sh
+# Tests run in so many processes, each with one thread of torch's: more threads than cores only wait for each other.
+JOBS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}' || echo 2)
 export PYTHON
 
 quickstart: .venv/.installed-run ## run the quickstart study; takes it up where it stopped
 	$(BIN)/sweep run studies/quickstart.yaml
 
-test: .venv/.installed-dev ## the tests but the slow ones; ARGS="-m slow" for those
-	$(BIN)/pytest $(ARGS)
+test: .venv/.installed-dev ## the tests but the slow ones; ARGS="-m slow" for those, JOBS=0 in one process
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: .venv/.installed-dev ## style, types and the walls between the rooms
 	$(BIN)/ruff check .

@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from sweep.study.errors import first_line
+from sweep.study.errors import FieldError, first_line
 from sweep.study.home import Home
 from sweep.tracking.connection import database_url, without_credentials
+from sweep.tracking.remote import as_place, try_writing
 
 NEEDED = ("torch", "transformers", "datasets", "safetensors", "peft", "optuna", "mlflow", "pydantic", "matplotlib")
 OPTIONAL = {
@@ -125,6 +126,7 @@ def _room(home: Home) -> Iterator[Check]:
 
 def _reach(home: Home) -> Iterator[Check]:
     yield _storage(home)
+    yield _checkpoints()
     yield _tracking(home)
     try:
         from sweep.training.locate import hub_problem
@@ -148,15 +150,27 @@ def _storage(home: Home) -> Check:
     try:
         from sqlalchemy import create_engine
 
-        create_engine(database_url(url)).connect().close()
+        from sweep.driver.opening import connect_args
+
+        place = database_url(url)
+        create_engine(place, connect_args=connect_args(place, SECONDS_TO_ANSWER)).connect().close()
     except Exception as error:  # drivers raise errors of their own, and missing ones ImportError
-        return Check(
-            "Optuna storage",
-            f"SWEEP_STORAGE does not open: {first_line(error)}",
-            False,
-            "start the server, or unset it",
-        )
+        advice = "pip install 'lora-sweep[postgres]'" if isinstance(error, ImportError) else "start the server"
+        found = f"SWEEP_STORAGE does not open: {first_line(error)}"
+        return Check("Optuna storage", found, False, f"{advice}, or unset it")
     return Check("Optuna storage", without_credentials(url))
+
+
+def _checkpoints() -> Check:
+    place = os.environ.get("SWEEP_CHECKPOINTS")
+    if not place:
+        return Check("checkpoints", "in the home")
+    try:
+        try_writing(as_place(place))
+    except (FieldError, OSError) as error:
+        told = first_line(error).removeprefix("checkpoints: ")
+        return Check("checkpoints", f"SWEEP_CHECKPOINTS: {told}", False, "mend that, or unset it")
+    return Check("checkpoints", f"{without_credentials(place)} can be written")
 
 
 def _tracking(home: Home) -> Check:

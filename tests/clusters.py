@@ -21,7 +21,8 @@ JOINED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^",
 }
-os.environ.update(JOINED)
+for _name, _value in JOINED.items():
+    os.environ.setdefault(_name, _value)  # a driver that a job started has that job's
 # A node that does not answer is dead after 2 s and not after 15.
 HASTY = {
     "health_check_initial_delay_ms": 500,

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import sweep
-from driving import Killed, journal_view, optuna_view, records_of, run, trials_of, undisturbed
+from driving import Killed, journal_view, optuna_view, records_of, run, trials_of
 from fakes import fake_work, make_study, train_rung
 from object_stores import SECRET, Bucket, bucket
 
+from sweep.doctor import examine
 from sweep.study.errors import FieldError
 from sweep.study.home import Home
 from sweep.study.records import Measurement, Unit
@@ -28,9 +29,20 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
 
 
+def small_study() -> Study:
+    """Each of its files is a request to a server that Python serves."""
+    return make_study(
+        arms={"rank": [2, 8], "alpha_ratio": [1.0], "full_finetuning": True},
+        tune={"learning_rate": [1e-3, 1e-2], "full_finetuning": {"learning_rate": [1e-5, 1e-4]}},
+        confirm={"seeds": [1], "reference": 8, "epsilon": 0.05},
+    )
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return undisturbed(tmp_path_factory.mktemp("done"))
+    home = Home(tmp_path_factory.mktemp("done"))
+    run(home, small_study())
+    return home
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,7 @@ def s3() -> Iterator[Bucket]:
         yield found
 
 
-def interrupted(home: Home, study: Study, checkpoints: str, rungs: int = 8) -> None:
+def interrupted(home: Home, study: Study, checkpoints: str, rungs: int = 5) -> None:
     trained = 0
 
     def train(unit: Unit) -> tuple[Measurement, ...]:
@@ -69,7 +81,7 @@ def named(home: Home, study: Study) -> set[str]:
 def test_a_study_whose_checkpoints_go_to_a_bucket_is_the_same_study_killed_or_not(
     home: Home, done: Home, s3: Bucket
 ) -> None:
-    study = make_study()
+    study = small_study()
     interrupted(home, study, s3.url)
     run(home, study, checkpoints=s3.url)
     record = records_of(home, study)
@@ -84,7 +96,7 @@ def test_a_study_whose_checkpoints_go_to_a_bucket_is_the_same_study_killed_or_no
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])
 def test_another_folder_is_named_by_its_path_or_its_url(home: Home, done: Home, tmp_path: Path, form: str) -> None:
-    study, share = make_study(), tmp_path / "share"
+    study, share = small_study(), tmp_path / "share"
     interrupted(home, study, form.format(share))
     run(home, study)  # goes on where it was, whatever the environment says by now
     record = records_of(home, study)
@@ -96,7 +108,7 @@ def test_another_folder_is_named_by_its_path_or_its_url(home: Home, done: Home, 
 
 
 def test_two_homes_with_studies_of_one_name_share_a_bucket(tmp_path: Path, done: Home, s3: Bucket) -> None:
-    study, homes = make_study(), [Home(tmp_path / name) for name in ("one", "other")]
+    study, homes = small_study(), [Home(tmp_path / name) for name in ("one", "other")]
     for home in homes:
         interrupted(home, study, s3.url)
     for home in homes:
@@ -108,7 +120,7 @@ def test_two_homes_with_studies_of_one_name_share_a_bucket(tmp_path: Path, done:
 
 @pytest.mark.parametrize("spoil", ["cut short", "gone"])
 def test_what_is_damaged_in_a_bucket_is_made_again(home: Home, done: Home, s3: Bucket, spoil: str) -> None:
-    study = make_study()
+    study = small_study()
     interrupted(home, study, s3.url)
     trial = next(t for t in records_of(home, study).trials if t.state is None and t.kept)
     assert trial.kept is not None
@@ -125,7 +137,7 @@ def test_what_is_damaged_in_a_bucket_is_made_again(home: Home, done: Home, s3: B
 
 
 def test_a_place_is_left_only_for_one_that_holds_the_checkpoints(home: Home, done: Home, s3: Bucket) -> None:
-    study, elsewhere = make_study(), f"{s3.url}/elsewhere"
+    study, elsewhere = small_study(), f"{s3.url}/elsewhere"
     interrupted(home, study, s3.url)
     place = records_of(home, study).place
     moved = f"{elsewhere}/fake/{place.rpartition('/')[2]}"
@@ -141,14 +153,14 @@ def test_a_place_is_left_only_for_one_that_holds_the_checkpoints(home: Home, don
 
 
 def test_a_study_that_began_in_its_home_stays_there(home: Home, s3: Bucket) -> None:
-    study = make_study()
+    study = small_study()
     interrupted(home, study, "")
     with pytest.raises(FieldError, match="lie in its home: leave it out, or give the study another name"):
         run(home, study, checkpoints=s3.url)
 
 
 def test_a_share_that_is_not_mounted_is_no_reason_to_train_all_anew(home: Home, done: Home, tmp_path: Path) -> None:
-    study, share = make_study(), tmp_path / "share"
+    study, share = small_study(), tmp_path / "share"
     interrupted(home, study, str(share))
     share.rename(tmp_path / "away")
     with pytest.raises(PlaceError, match=r"checkpoints: .* holds none of study fake any more: is it mounted\?"):
@@ -189,7 +201,7 @@ def test_the_missing_package_of_a_bucket_is_named_as_our_extra() -> None:
 
 
 def test_a_bucket_that_does_not_exist_stops_the_study_before_anything_is_trained(home: Home, s3: Bucket) -> None:
-    study = make_study()
+    study = small_study()
 
     def train(unit: Unit) -> tuple[Measurement, ...]:
         raise AssertionError("trained")
@@ -231,6 +243,19 @@ def test_without_a_url_fsspec_is_not_loaded(tmp_path: Path) -> None:
     words = [str(Path(__file__).parent), str(tmp_path / "home"), str(tmp_path / "share")]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_doctor_tries_the_place_that_the_environment_names(
+    tmp_path: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, told, ok in (
+        (s3.url, f"{s3.url} can be written", True),
+        ("s3://nobodys/y", "SWEEP_CHECKPOINTS: s3://nobodys/y: no such bucket or folder", False),
+        ("nope://x", "SWEEP_CHECKPOINTS: fsspec knows no nope://", False),
+    ):
+        monkeypatch.setenv("SWEEP_CHECKPOINTS", place)
+        (check,) = [check for check in examine(Home(tmp_path)) if check.name == "checkpoints"]
+        assert check.found.startswith(told) and check.ok is ok
 
 
 def test_the_environment_wins_over_the_file_and_errors_name_the_field(tmp_path: Path) -> None:

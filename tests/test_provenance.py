@@ -15,6 +15,7 @@ from sweep.driver.provenance import describe_session, find_commit, shown_command
 from sweep.report.report import write_report
 from sweep.study.credentials import without_credentials
 from sweep.tracking.journal import append, read_events, read_study_record
+from sweep.tracking.lines import as_line
 
 CANARY = "hunter2canary"
 
@@ -135,8 +136,9 @@ def test_every_different_session_is_told_and_nothing_secret_is(tmp_path: Path) -
 def test_what_older_journals_lack_is_said_to_be_lacking(tmp_path: Path) -> None:
     study = quickstart()
     record = write_study(tmp_path / "home", study, stop_after=5)
-    lines = record.folder.journal.read_text().splitlines(keepends=True)
-    record.folder.journal.write_text('{"event": "started", "time": 1.0, "versions": {"python": "3.11"}}\n' + lines[1])
+    lines = record.folder.journal.read_bytes().splitlines(keepends=True)
+    started = as_line({"event": "started", "time": 1.0, "versions": {"python": "3.11"}})
+    record.folder.journal.write_bytes(started + lines[1])
     write_report(study, read_study_record(record.folder), tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.count("not recorded") == 4 and "python 3.11" in text

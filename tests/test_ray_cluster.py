@@ -98,6 +98,7 @@ def test_without_ray_a_line_says_what_to_install(tmp_path: Path) -> None:
     assert said == "NoWorkers: --executor ray needs Ray: pip install 'lora-sweep[ray]'\n"
 
 
+@pytest.mark.slow
 def test_workers_share_a_gpu_and_without_one_they_see_none(nodes: Nodes) -> None:
     node = nodes.add(2, gpus=1)
     for asked, expected in [
@@ -109,6 +110,7 @@ def test_workers_share_a_gpu_and_without_one_they_see_none(nodes: Nodes) -> None
     nodes.kill(node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", ["none", "another"])
 def test_nodes_without_this_lora_sweep_are_told_of_before_patience_is_lost(
     nodes: Nodes, tmp_path: Path, theirs: str
@@ -131,6 +133,7 @@ def test_nodes_without_this_lora_sweep_are_told_of_before_patience_is_lost(
     nodes.kill(node)
 
 
+@pytest.mark.slow
 def test_a_cluster_of_ones_own_listens_on_this_machine_alone_and_leaves_nothing(tmp_path: Path) -> None:
     command = subprocess.Popen(
         [sys.executable, "-c", DRIVER, '{"workers": 2}', "", "__import__('os').environ['OMP_NUM_THREADS']"],

@@ -115,14 +115,18 @@ def test_base_learns_the_rows_of_its_labels_and_the_study_has_the_others(shades:
     assert record["accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
-def test_base_is_made_once_and_again_the_same_where_it_was_lost(shades: Path, tmp_path: Path) -> None:
+def test_base_is_made_once_and_again_the_same_where_it_was_lost_or_damaged(shades: Path, tmp_path: Path) -> None:
     setup = setup_of(shades, tmp_path)
     first = find_base(setup)
     weights = load_file(Path(first.path) / "model.safetensors")
     stamp = (Path(first.path) / "model.safetensors").stat().st_mtime_ns
     assert find_base(setup) == first and (Path(first.path) / "model.safetensors").stat().st_mtime_ns == stamp
     shutil.rmtree(first.path)
-    again = load_file(Path(find_base(setup).path) / "model.safetensors")
+    file = Path(find_base(setup).path) / "model.safetensors"
+    again, content = load_file(file), file.read_bytes()
+    file.unlink()  # tensors are mapped from it
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert Path(find_base(setup).path, "model.safetensors").read_bytes() == content
     assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
     for change in ("pretrain.seed=1", "pretrain.steps=11", "pretrain.learning_rate=1.0e-3", "search.seed=9"):
         assert find_base(setup_of(shades, tmp_path, change)) != first

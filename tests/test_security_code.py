@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,29 @@ def test_a_merged_model_and_an_adapter_of_it_say_how_to_load_them(trained: Path)
     adapter = Home(trained / ".sweep").study("own").path / "adapter"
     for folder in (adapter, trained / "merged"):
         assert "trust_remote_code=True" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_from_the_registry_it_is_loaded_back_with_its_code_where_that_was_confirmed(trained: Path) -> None:
+    said = run(trained, "export", "own", "--to", "registered", "--register", "own", CONFIRM)
+    assert said.returncode == 0 and "registered: own, version 1" in said.stdout, said.stdout + said.stderr
+    shutil.copytree(trained / "model", trained / "elsewhere")
+    load = "import mlflow, sys; found = mlflow.pyfunc.load_model('models:/own/1', model_config=eval(sys.argv[1]))\n"
+    load += "print(found.unwrap_python_model().model.base_model.model.config._name_or_path)"
+    database = f"sqlite:///{trained}/.sweep/mlflow.db"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": database, "HF_MODULES_CACHE": str(trained / "modules")}
+    for given, base in (
+        (None, ""),
+        ({"trust_remote_code": "yes"}, ""),
+        ({"trust_remote_code": True}, "model"),
+        ({"trust_remote_code": True, "base": str(trained / "elsewhere")}, "elsewhere"),
+    ):
+        for name in ran_code(trained):
+            (trained / name).unlink()
+        command = [sys.executable, "-c", load, repr(given)]
+        done = subprocess.run(command, env=environment, input="y\n" * 9, capture_output=True, text=True)
+        assert (done.returncode == 0) == bool(base) == bool(ran_code(trained)), done.stderr
+        assert not base or done.stdout.splitlines()[-1] == str(trained / base)
 
 
 @pytest.mark.slow

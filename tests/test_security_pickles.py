@@ -124,6 +124,20 @@ def test_a_parquet_file_that_asks_for_a_pickled_type_is_read_without_it(tmp_path
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_data_set_s_own_script_is_not_run(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for more in ({}, {"trust_remote_code": False}):
+        with pytest.raises((RuntimeError, FileNotFoundError)):
+            datasets.load_dataset(str(folder), split="train", **more)
+    with pytest.raises(FieldError):
+        read_rows(DataSettings(str(folder), 8, 0.1, 0.1), "causal-lm")
+    assert not (tmp_path / "ran").exists()
+
+
 def load(place: ModelPlace) -> None:
     load_base.__wrapped__(place, "causal-lm", (), 0, "float32", "eager")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sweep.study.arms import Arm
 from sweep.study.records import COMPLETE, CONFIRM, PRUNED, SEARCH, Measurement, TrialSpec
 from sweep.study.schema import Study
 from sweep.tracking.journal import Rung, StudyRecord, TrialRecord
+from sweep.tracking.store import TEST_ROWS, save
 
 GOOD = {0: 0.18, 2: 0.20, 4: 0.20, 8: 0.20, 64: 0.20}
 
@@ -103,7 +105,13 @@ def test_the_error_of_a_ratio_of_sums_is_that_of_resampled_rows() -> None:
     assert ratio_of_sums(loss, targets)[1] == pytest.approx(resampled.std(), rel=0.05)
 
 
-def with_rows(tmp_path: Path, spread: float, rows: int = 200, *overrides: str) -> Findings:
+def with_rows(
+    tmp_path: Path,
+    spread: float,
+    rows: int = 200,
+    *overrides: str,
+    spoil: Callable[[Path, TrialSpec], None] = lambda path, spec: None,
+) -> Findings:
     """A study whose arms lose the same over seeds, and whose rows differ by `spread` between rank 4 and rank 64."""
     study = quickstart(*overrides)
     record = write_study(tmp_path / "s", study, lambda arm, seed: GOOD[arm.r] + 0.001 * ((arm.r + seed) % 3), ends={})
@@ -112,14 +120,29 @@ def with_rows(tmp_path: Path, spread: float, rows: int = 200, *overrides: str) -
     for trial in record.trials:
         if trial.spec.phase == CONFIRM and trial.last is not None:
             loss = 0.2 + (noise - noise.mean() if trial.spec.arm.r == 4 else 0 * noise)
-            save_file(
-                {"loss": loss.astype(np.float32), "targets": np.ones(rows, np.float32)},
-                Path(trial.spec.folder) / "rows.safetensors",
+            kept = {"loss": loss.astype(np.float32), "targets": np.ones(rows, np.float32)}
+            saved = save(trial.spec, trial.last.stop, {}, lambda folder, kept=kept: save_file(kept, folder / TEST_ROWS))
+            last = replace(
+                trial.last,
+                checkpoint=saved.name,
+                checkpoint_sha256=saved.sha256,
+                test_rows=f"{saved.name}/{TEST_ROWS}",
             )
-            last = replace(trial.last, test_rows="rows.safetensors")
+            spoil(Path(trial.spec.folder, last.test_rows), trial.spec)
             trial = replace(trial, rungs=(*trial.rungs[:-1], replace(trial.rungs[-1], measurement=last)))
         trials.append(trial)
     return find(study, replace(record, trials=tuple(trials)))
+
+
+def test_damaged_losses_of_test_rows_are_a_warning_and_no_end_of_the_report(tmp_path: Path) -> None:
+    def spoil(path: Path, spec: TrialSpec) -> None:
+        if spec.arm.r == 4 and spec.seed == 2:
+            path.write_bytes(path.read_bytes()[:-1])
+
+    findings = with_rows(tmp_path, spread=0.8, spoil=spoil)
+    told = [warning for warning in findings.warnings if "test-rows" in warning]
+    assert len(told) == 1 and told[0].startswith("r4-ratio2: whether the test set is large enough cannot be told: the ")
+    assert "is damaged: " in told[0] and str(tmp_path) not in told[0]
 
 
 def test_a_test_set_too_small_for_a_claim_is_told_with_the_rows_it_wants(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def open_storage(patience: Patience) -> BaseStorage:
             "or set SWEEP_STORAGE"
         )
     try:
-        options: dict[str, Any] = {"connect_args": _connect_args(database_url(url), patience.seconds)}
+        options: dict[str, Any] = {"connect_args": connect_args(database_url(url), patience.seconds)}
     except ValueError as error:
         raise _cannot_open(patience, error) from None
     # A server may have restarted since the last trial.
@@ -91,7 +91,8 @@ def _open_backend(url: str, options: dict[str, Any]) -> RDBStorage:
     return backend
 
 
-def _connect_args(url: URL, seconds: float) -> dict[str, Any]:
+def connect_args(url: URL, seconds: float) -> dict[str, Any]:
+    """For SQLAlchemy, so that no call waits for ever; what the URL itself says stands."""
     if url.drivername.startswith("sqlite"):
         return {"timeout": seconds}  # a dashboard may be reading the file, or another study write to it
     if not url.drivername.startswith("postgresql"):

@@ -68,8 +68,7 @@ def refuse_other_question(study: Study, folder: StudyFolder) -> None:
     diff = what_changed(ran, dump_study(study))
     if diff:
         raise QuestionChanged(
-            f"study {study.name!r} has run with another question: give this one another name, "
-            f"or remove {folder.path} to start again",
+            f"study {study.name!r} has run with another question: give this one another name",
             diff,
         )
 

@@ -127,6 +127,7 @@ def pack_model(adapter: Path, to: Path, model_id: str) -> Path:
             python_model=str(code),
             artifacts={"adapter": str(adapter)},
             signature=ModelSignature(Schema([ColSpec(DataType.string)]), Schema(outputs), params),
+            model_config={"base": "", "trust_remote_code": False},  # MLflow passes over what is not named here
             pip_requirements=[f"{library}=={version}" for library, version in versions.items()],
         )
     model = Model.load(str(to))

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from disks import fill
+from disks import small_disk as small_disk
 from driving import Killed, journal_view, optuna_view, records_of, run, trials_of, undisturbed
 from fakes import fake_work, make_study, train_rung
 from hostile_models import Trap
@@ -307,34 +309,6 @@ def same(one: Split, other: Split) -> bool:
     arrays = ("input_ids", "offsets", "labels")
     equal = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
     return equal and one.truncation == other.truncation
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.fail(
-            f"this test mounts a small file system, and that is not permitted here ({mounted.stderr.strip()}): "
-            "run it as root, in a container with --cap-add SYS_ADMIN"
-        )
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """A file that leaves not a byte."""
-    ballast = disk / "ballast"
-    with open(ballast, "wb", buffering=0) as file:
-        for size in (2**16, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
-    return ballast
 
 
 def long_winded(unit: Unit) -> tuple[Measurement, ...]:

@@ -94,7 +94,7 @@ def record_of(soak: Soak) -> StudyRecord:
     return read_study_record(soak.folder)
 
 
-def finish(soak: Soak, seconds: float = 400) -> tuple[int, str]:
+def finish(soak: Soak, seconds: float = 900) -> tuple[int, str]:
     assert soak.driver is not None
     code = soak.driver.wait(seconds)
     soak.wait_gone()
