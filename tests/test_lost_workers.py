@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,7 +24,7 @@ from fakes import fake_work, fingerprints, forecast, make_study, prepare, probe,
 from hypothesis import given
 from hypothesis import strategies as st
 from test_packing import ready_trials, slot
-from worker_units import packs_seen, with_fault, workers
+from worker_units import packs_seen, wait_for, with_fault, workers
 
 from sweep.driver import phase
 from sweep.driver.failures import LOSSES, decide
@@ -165,6 +168,44 @@ def test_a_limit_does_not_touch_a_study_that_keeps_within_it(home: Home, done: H
     with Slow(2) as executor:
         run(home, study, fake_work(train), executor)
     assert ended == [] and found(home, study) == found(done, study)
+
+
+SLOW_STUDY = """
+import sys
+from functools import partial
+from pathlib import Path
+import worker_units as units
+from driving import run
+from fakes import fake_work, make_study
+from sweep.study.home import Home
+
+study = make_study(resources={"workers": 1, "seconds_per_rung": 3}, train={"steps": 1, "batch_size": 1},
+    search={"rungs": [1]}, confirm={"seeds": [1], "reference": 8, "epsilon": 0.05})
+with units.workers(1) as executor:
+    heard = run(Home(Path(sys.argv[1])), study, fake_work(partial(units.train_slowly, 1.0)), executor)
+print("\\n".join(progress.message for progress in heard))
+"""
+
+
+def test_a_command_that_is_stopped_for_a_while_takes_no_pack_for_hung(tmp_path: Path, home: Home) -> None:
+    """Ctrl-Z, or a machine that sleeps: workers go on, or sleep too; nobody has waited for them."""
+    tests = Path(__file__).parent
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STUDY, str(home.root)],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: any(home.root.glob("studies/fake/trials/*/journal.jsonl")), "the first trial")
+        driver.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        driver.send_signal(signal.SIGCONT)
+        told, _ = driver.communicate(timeout=120)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0 and "finished" in told
+    assert "lost" not in told
 
 
 @given(ready_trials(), st.integers(1, 12), st.integers(1, 6))

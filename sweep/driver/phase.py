@@ -21,7 +21,7 @@ from sweep.driver.session import Session, ask, can_ask, end, settle
 from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
 
-LOOK_FOR_WORKERS_EVERY = 5.0  # seconds, while packs wait
+LOOK_EVERY = 5.0  # seconds, where a pack may hang, or waits for a worker that may come
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Running:
 
     pack: Pack
     allowed: float | None  # seconds
-    due: float | None  # by time.monotonic; None: never, or it has been ended
+    due: float | None  # by Phase.waited; None: never, or it has been ended
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Phase:
     exclusive: deque[Pack] = field(default_factory=deque)  # each waits until nothing else is left or in training
     running: dict[Future[Any], Running] = field(default_factory=dict)
     trouble: Exception | None = None  # that stops the study
+    waited: float = 0.0  # seconds; a command that was stopped for an hour has not waited for an hour
 
     @property
     def slots(self) -> int:
@@ -92,7 +93,7 @@ def _start_packs(phase: Phase) -> None:
             _leave_rung(phase, slot)
         if pack.slots:
             allowed = _allowed_seconds(phase, pack)
-            due = None if allowed is None else time.monotonic() + allowed
+            due = None if allowed is None else phase.waited + allowed
             try:
                 phase.running[_submit(phase, pack)] = Running(pack, allowed, due)
             except StorageError as away:
@@ -149,13 +150,14 @@ def _allowed_seconds(phase: Phase, pack: Pack) -> float | None:
 def _wait(phase: Phase) -> Set[Future[Any]]:
     """The futures that have ended: none where a pack's time is over, and its worker is ended, or more may have come."""
     dues = [running.due for running in phase.running.values() if running.due is not None]
-    if phase.ready or phase.packs:
-        dues.append(time.monotonic() + LOOK_FOR_WORKERS_EVERY)
-    timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
+    soonest = max(0.0, min(dues) - phase.waited) if dues else LOOK_EVERY
+    timeout = min(soonest, LOOK_EVERY) if dues or phase.ready or phase.packs else None
+    began = time.monotonic()
     finished, _ = wait(phase.running, timeout, FIRST_COMPLETED)
+    phase.waited += min(time.monotonic() - began, 2 * LOOK_EVERY)
     heed()  # before an error that an interrupt was turned into counts as a trial's
     for future, running in phase.running.items():
-        if future not in finished and running.due is not None and time.monotonic() >= running.due:
+        if future not in finished and running.due is not None and phase.waited >= running.due:
             running.due = None
             phase.session.executor.end(future, f"did nothing for {running.allowed:.0f} s")
     return finished
