@@ -53,6 +53,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in told)
 
 
+def broke_device(error: BaseException) -> bool:
+    """Whether CUDA will serve the process no more that saw this error: whatever it does there fails like it."""
+    if is_out_of_memory(error):
+        return False
+    return (
+        type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error) or "device-side assert" in str(error)
+    )
+
+
 def was_killed(error: BaseException) -> bool:
     """Whether a process ended without a word (BrokenProcessPool), as the kernel ends one for want of memory."""
     return type(error).__name__ == "BrokenProcessPool"
