@@ -18,7 +18,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from servers import free_port
+from servers import lasting_port
 
 NEEDED = "SWEEP_NEEDS_POSTGRES"
 BINARIES = Path("/usr/lib/postgresql")
@@ -36,7 +36,7 @@ class Postgres:
     """A server in a folder of its own, owned by a user that is not root: as root PostgreSQL does not start."""
 
     def __init__(self, binaries: Path):
-        self.binaries, self.port, self.databases = binaries, free_port(), count()
+        self.binaries, self.port, self.databases = binaries, lasting_port(), count()
         self.folder = Path(tempfile.mkdtemp(prefix="sweep-postgres-"))
         self.process: subprocess.Popen[bytes] | None = None
         (self.folder / "password").write_text(PASSWORD)

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -213,6 +215,29 @@ def test_a_worker_takes_its_children_with_it(tmp_path: Path, ends: str) -> None:
             executor.shutdown()
         assert isinstance(unit.exception(timeout=20), WorkerLost)
         wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 5)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import worker_units as units
+
+with units.workers(1) as executor:
+    executor.submit(units.sleep_with_a_child, Path(sys.argv[1])).result()
+"""
+
+
+def test_a_driver_that_is_killed_leaves_no_worker_and_no_child_of_one(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    paths = {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], env={**os.environ, **paths})
+    try:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2, "both")
+    finally:
+        driver.kill()
+        driver.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 10)
 
 
 def test_shutdown_stops_every_worker_at_once(tmp_path: Path) -> None:

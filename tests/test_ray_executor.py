@@ -68,7 +68,6 @@ def test_a_worker_has_its_threads_before_torch_is_imported(shared: RayExecutor) 
 @pytest.mark.parametrize(
     "error",
     [
-        FieldError(("data.source", "rows.csv: there is no such file or folder"), ("model", "gone")),
         OSError(errno.ENOSPC, "No space left on device", "weights.safetensors"),
         MemoryError("no room"),
         Damaged("checkpoint of step 4 is damaged", 3),
@@ -79,8 +78,17 @@ def test_a_worker_has_its_threads_before_torch_is_imported(shared: RayExecutor) 
 def test_an_error_is_the_one_that_the_unit_raised(shared: RayExecutor, error: Exception) -> None:
     found = shared.submit(units.fail, error).exception(60)
     assert type(found) is type(error) and str(found) == str(error)
-    for name in ("problems", "errno", "trial"):
+    for name in ("errno", "trial"):
         assert getattr(found, name, None) == getattr(error, name, None)
+
+
+def test_what_a_node_lacks_is_told_with_its_address(shared: RayExecutor) -> None:
+    error = FieldError(("data.source", "rows.csv: there is no such file or folder"), ("model", "gone"))
+    found = shared.submit(units.fail, error).exception(60)
+    assert isinstance(found, FieldError) and found.problems == (
+        ("data.source", "rows.csv: there is no such file or folder (on node 127.0.0.1)"),
+        ("model", "gone (on node 127.0.0.1)"),
+    )
 
 
 def test_an_error_that_cannot_be_sent_is_one_line_of_it(shared: RayExecutor) -> None:

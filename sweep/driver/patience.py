@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
@@ -187,6 +188,9 @@ def _why(patience: Patience, error: BaseException) -> str:
     """What is wrong with the storage and what to do, in one line."""
     line = _one_line(error, patience.url)
     if isinstance(error, sqlite3.Error):
+        file = database_url(patience.url).database
+        if file and not Path(file).exists():
+            return f"{patience.shown} was removed while the study ran: the same command makes it anew from the journals"
         if "locked" in line:
             return f"{patience.shown} is locked by another program ({line}): end that one; {SAVED}"
         if "full" in line or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_WRITE:

@@ -23,7 +23,7 @@ from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_kille
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
 from sweep.tracking.remote import PlaceError
 
-LOOK_FOR_WORKERS_EVERY = 5.0  # seconds, while packs wait
+LOOK_EVERY = 5.0  # seconds, where a pack may hang, or waits for a worker that may come
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Running:
 
     pack: Pack
     allowed: float | None  # seconds; None: as long as it takes, or it has been ended
-    due: float | None = None  # by time.monotonic; None until it has a worker
+    due: float | None = None  # by Phase.waited; None until it has a worker
     shared: bool = False
 
 
@@ -48,6 +48,7 @@ class Phase:
     exclusive: deque[Pack] = field(default_factory=deque)  # each waits until nothing else is left or in training
     running: dict[Future[Any], Running] = field(default_factory=dict)
     trouble: Exception | None = None  # that stops the study
+    waited: float = 0.0  # seconds; a command that was stopped for an hour has not waited for an hour
 
     @property
     def slots(self) -> int:
@@ -157,26 +158,27 @@ def _allowed_seconds(phase: Phase, pack: Pack) -> float | None:
 
 def _wait(phase: Phase) -> Set[Future[Any]]:
     """The futures that have ended: none where a pack's time is over, and its worker is ended, or more may have come."""
-    dues = [due for future, running in phase.running.items() if (due := _due(running, future)) is not None]
-    if phase.ready or phase.packs:
-        dues.append(time.monotonic() + LOOK_FOR_WORKERS_EVERY)
-    timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
+    dues = [due for future, running in phase.running.items() if (due := _due(phase, running, future)) is not None]
+    soonest = max(0.0, min(dues) - phase.waited) if dues else LOOK_EVERY
+    timeout = min(soonest, LOOK_EVERY) if dues or phase.ready or phase.packs else None
+    began = time.monotonic()
     finished, _ = wait(phase.running, timeout, FIRST_COMPLETED)
+    phase.waited += min(time.monotonic() - began, 2 * LOOK_EVERY)
     heed()  # before an error that an interrupt was turned into counts as a trial's
     for future, running in phase.running.items():
-        if future not in finished and running.due is not None and time.monotonic() >= running.due:
+        if future not in finished and running.due is not None and phase.waited >= running.due:
             phase.session.executor.end(future, f"did nothing for {running.allowed:.0f} s")
             running.allowed = running.due = None
     return finished
 
 
-def _due(running: Running, future: Future[Any]) -> float | None:
+def _due(phase: Phase, running: Running, future: Future[Any]) -> float | None:
     """When to look after a pack: when its time is over. One that still waits for a worker does not hang."""
     if running.allowed is None:
         return None
     if running.due is None and not future.running():
-        return time.monotonic() + min(running.allowed, LOOK_FOR_WORKERS_EVERY)
-    running.due = running.due or time.monotonic() + running.allowed
+        return phase.waited + min(running.allowed, LOOK_EVERY)
+    running.due = running.due or phase.waited + running.allowed
     return running.due
 
 

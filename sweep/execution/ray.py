@@ -238,7 +238,7 @@ class RayExecutor:
         elif error is not None and not isinstance(error, RayTaskError):
             self._lose(worker, how_it_ended(error, worker.node))
         else:
-            value, found = read_answer(done)
+            value, found = read_answer(done, worker.node)
             if isinstance(found, WorkerLost):  # its device is of no more use to it
                 self._lose(worker, str(found))
                 return
