@@ -18,6 +18,9 @@ class Rebuild:
     damage: str
 
 
+MS = "ms_per_trial_step"
+
+
 @dataclass(frozen=True)
 class Pack:
     """Slots whose trials go from `start` to `stop` together."""
@@ -84,7 +87,7 @@ def calibration_lines(prepared: Prepared) -> list[str]:
     lines = [f"packs of up to {prepared.pack_size} trials in {chosen}"]
     if prepared.calibration:
         figures = (
-            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f['failed' if 'failed' in f else 'ms_per_trial_step']}"
+            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f['failed'] if 'failed' in f else f[MS]}"
             for f in prepared.calibration
         )
         lines.append(f"calibration, ms a trial and step (the larger of two packs within 3 %): {', '.join(figures)}")
