@@ -94,9 +94,9 @@ def _after_loss(pack: Pack, error: WorkerLost) -> Decision:
     who, why = name_trials(pack), " ".join(str(error).split())
     lost = replace(pack, losses=pack.losses + 1)
     if len(pack.slots) > 1 and pack.losses:
+        parts = halves(replace(pack, losses=1))
         most = max(1, len(pack.slots) // 2) if "want of memory" in why else None
-        told = f"the worker of {who} was lost again, and they are tried in halves: {why}"
-        return Decision(told, halves(replace(pack, losses=1)), most=most)
+        return Decision(f"the worker of {who} was lost again, and they are tried in halves: {why}", parts, most=most)
     if lost.losses < LOSSES:
         last = len(pack.slots) == 1 and lost.losses == LOSSES - 1
         again = (_apart(lost) if last else lost,)

@@ -18,6 +18,9 @@ class Rebuild:
     damage: str
 
 
+MS = "ms_per_trial_step"
+
+
 @dataclass(frozen=True)
 class Pack:
     """Slots whose trials go from `start` to `stop` together."""
@@ -83,8 +86,10 @@ def calibration_lines(prepared: Prepared) -> list[str]:
     chosen = f"{prepared.precision}, {prepared.attention} attention, on {prepared.device}"
     lines = [f"packs of up to {prepared.pack_size} trials in {chosen}"]
     if prepared.calibration:
-        told = ((f, f["failed"] if "failed" in f else f["ms_per_trial_step"]) for f in prepared.calibration)
-        figures = (f"{f['precision']} {f['attention']} ×{f['pack_size']} {result}" for f, result in told)
+        figures = (
+            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f['failed'] if 'failed' in f else f[MS]}"
+            for f in prepared.calibration
+        )
         lines.append(f"calibration, ms a trial and step (the larger of two packs within 3 %): {', '.join(figures)}")
     return lines
 
