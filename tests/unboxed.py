@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from postgres import find_binaries
-from postgres_image import as_postgres, make_cluster, server_words
+from postgres import as_postgres, find_binaries
+from postgres_image import make_cluster, server_words
 from servers import free_port
 
 MARK = "UNBOXED"  # in the environment of every process of a box: what an engine knows by its control group
