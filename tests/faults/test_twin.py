@@ -1,6 +1,6 @@
 """docker-compose.yml without containers: the quickstart over two Ray nodes, PostgreSQL and MLflow, one node killed.
 
-`python tests/faults/test_twin.py HOME` writes quickstart.json anew, from a home in which one process has run it:
+`PYTHONPATH=tests python tests/faults/test_twin.py HOME` writes quickstart.json anew, from a home in which one process has run it:
 `sweep run studies/quickstart.yaml --set train.precision=float32 --home HOME`.
 """
 
