@@ -406,7 +406,7 @@ class Growing(Threads):
 def test_a_worker_that_joins_is_used_while_others_train(
     home: Home, done: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phase, "LOOK_FOR_WORKERS_EVERY", 0.05)
+    monkeypatch.setattr(phase, "LOOK_EVERY", 0.05)
     study, meeting = make_study(), threading.Barrier(2)
     first = iter([True, True])
 
