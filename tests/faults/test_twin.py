@@ -1,7 +1,7 @@
 """docker-compose.yml without containers: the quickstart over two Ray nodes, PostgreSQL and MLflow, one node killed.
 
-`PYTHONPATH=tests python tests/faults/test_twin.py HOME` writes quickstart.json anew, from a home in which one process has run it:
-`sweep run studies/quickstart.yaml --set train.precision=float32 --home HOME`.
+`PYTHONPATH=tests python tests/faults/test_twin.py HOME` writes quickstart.json anew, from a home in which one process
+has run it: `sweep run studies/quickstart.yaml --set train.precision=float32 --home HOME`.
 """
 
 from __future__ import annotations
