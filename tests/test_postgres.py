@@ -37,4 +37,4 @@ def test_without_postgresql_its_tests_are_skipped_or_fail(tmp_path: Path, needed
 
 def test_ci_needs_postgresql() -> None:
     before, tests, _ = (TESTS.parent / ".ci" / "run").read_text().partition("make test")
-    assert tests and re.search(r"^export .*\bSWEEP_NEEDS_POSTGRES=1$", before, re.MULTILINE)
+    assert tests and re.search(r"^export .*\bSWEEP_NEEDS_POSTGRES=1\b", before, re.MULTILINE)
