@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_ready
 from multiprocessing.process import BaseProcess
@@ -105,8 +106,6 @@ class LocalExecutor:
         atexit.unregister(self.shutdown)
 
     def _run(self, future: Future[Any], call: Call) -> None:
-        # A process that starts from here inherits it: Ctrl-C reaches a whole process group, and the driver decides.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(self._answer(call))
@@ -174,6 +173,9 @@ def how_it_ended(code: int | None) -> str:
 def _start(worker: Worker) -> None:
     """Raises OSError where the system gives no process."""
     ours, theirs = SPAWN.Pipe()
+    resource_tracker.ensure_running()  # as `start` does, and lets SIGINT through again where that starts one
+    # The process inherits it: Ctrl-C reaches a whole process group, and the driver decides.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process = SPAWN.Process(target=_serve, args=(theirs, dict(worker.environment)), name="sweep worker")
     try:
         process.start()
