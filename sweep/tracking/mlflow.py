@@ -122,7 +122,7 @@ class Projector:
             pause = max(EVERY_S, 10 * (time.monotonic() - began))  # at most a tenth of one core
 
     def _try(self, view: View | None) -> View | None:
-        """Project; returns what MLflow holds by then. After an error training goes on, and the next time tries again."""
+        """Project; returns what MLflow holds by then. After an error training goes on; the next time tries again."""
         try:
             view, self._error = _project(view, self._study, self._folder, self._tracking, self._outcome), None
         except Exception as error:

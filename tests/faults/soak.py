@@ -175,8 +175,10 @@ def a_journal_ends_in_half_a_line(soak: Soak) -> bool:
 
 
 def the_search_is_gone(soak: Soak) -> bool:
-    """Optuna's storage is not the truth about measurements: it is made again from the journals."""
+    """Optuna's storage is not the truth about measurements: that of an unfinished study is made again."""
     _resting(soak)
+    if read_study_record(soak.folder).finished_at is not None:
+        return False
     found = list(soak.folder.path.parent.parent.glob("optuna.db*"))
     for path in found:
         path.unlink()
