@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,7 +24,7 @@ from fakes import fake_work, fingerprints, forecast, make_study, prepare, probe,
 from hypothesis import given
 from hypothesis import strategies as st
 from test_packing import ready_trials, slot
-from worker_units import packs_seen, with_fault, workers
+from worker_units import packs_seen, wait_for, with_fault, workers
 
 from sweep.driver import phase
 from sweep.driver.failures import LOSSES, decide
@@ -167,13 +170,52 @@ def test_a_limit_does_not_touch_a_study_that_keeps_within_it(home: Home, done: H
     assert ended == [] and found(home, study) == found(done, study)
 
 
+SLOW_STUDY = """
+import sys
+from functools import partial
+from pathlib import Path
+import worker_units as units
+from driving import run
+from fakes import fake_work, make_study
+from sweep.study.home import Home
+
+study = make_study(resources={"workers": 1, "seconds_per_rung": 3}, train={"steps": 1, "batch_size": 1},
+    search={"rungs": [1]}, confirm={"seeds": [1], "reference": 8, "epsilon": 0.05})
+with units.workers(1) as executor:
+    heard = run(Home(Path(sys.argv[1])), study, fake_work(partial(units.train_slowly, 1.0)), executor)
+print("\\n".join(progress.message for progress in heard))
+"""
+
+
+def test_a_command_that_is_stopped_for_a_while_takes_no_pack_for_hung(tmp_path: Path, home: Home) -> None:
+    """Ctrl-Z, or a machine that sleeps: workers go on, or sleep too; nobody has waited for them."""
+    tests = Path(__file__).parent
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STUDY, str(home.root)],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: any(home.root.glob("studies/fake/trials/*/journal.jsonl")), "the first trial")
+        driver.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        driver.send_signal(signal.SIGCONT)
+        told, _ = driver.communicate(timeout=120)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0 and "finished" in told
+    assert "lost" not in told
+
+
 @given(ready_trials(), st.integers(1, 12), st.integers(1, 6))
 def test_no_worker_idles_while_another_has_a_large_pack(ready: list[Ready], pack_size: int, n: int) -> None:
     packs = plan_packs(ready, pack_size, n)
     assert sorted(s.index for pack in packs for s in pack.slots) == [r.slot.index for r in ready]
     most = max((len(pack.slots) for pack in packs), default=0)
     assert most <= pack_size and most <= -(-len(ready) // n)
-    assert len(packs) >= min(len(ready), n) or most == 1 or len(packs) * most >= len(ready)
+    kinds, even = Counter((r.start, r.slot.arm.is_full) for r in ready), max(1, min(pack_size, -(-len(ready) // n)))
+    assert len(packs) == sum(times if full else -(-times // even) for (_, full), times in kinds.items())
 
 
 def test_two_workers_share_what_one_pack_would_hold() -> None:
@@ -364,7 +406,7 @@ class Growing(Threads):
 def test_a_worker_that_joins_is_used_while_others_train(
     home: Home, done: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phase, "LOOK_FOR_WORKERS_EVERY", 0.05)
+    monkeypatch.setattr(phase, "LOOK_EVERY", 0.05)
     study, meeting = make_study(), threading.Barrier(2)
     first = iter([True, True])
 

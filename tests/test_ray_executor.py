@@ -18,7 +18,7 @@ from worker_units import is_alive, wait_for
 
 from sweep.execution.choose import seconds_without_workers
 from sweep.execution.ray import RayExecutor
-from sweep.study.errors import Damaged, FieldError, WorkerLost, is_out_of_memory
+from sweep.study.errors import Damaged, FieldError, Told, WorkerLost, is_out_of_memory
 from sweep.study.schema import Resources
 
 
@@ -93,9 +93,16 @@ def test_what_a_node_lacks_is_told_with_its_address(shared: RayExecutor) -> None
 
 def test_an_error_that_cannot_be_sent_is_one_line_of_it(shared: RayExecutor) -> None:
     found = shared.submit(units.fail_stubbornly).exception(60)
-    assert type(found) is RuntimeError and str(found) == "Stubborn: one and two"
+    assert type(found) is Told and str(found) == "Stubborn: one and two"
     found = shared.submit(units.fail_like_torch).exception(60)
-    assert type(found) is RuntimeError and is_out_of_memory(found)
+    assert type(found) is Told and is_out_of_memory(found)
+
+
+def test_a_process_whose_gpu_broke_gets_no_other_unit(shared: RayExecutor) -> None:
+    broken = RuntimeError("CUDA error: device-side assert triggered")
+    before = shared.submit(units.pid).result(60)
+    assert lost(shared, units.fail, broken) == f"its GPU failed (RuntimeError: {broken})"
+    assert before not in {shared.submit(units.pid).result(60) for _ in range(4)}
 
 
 def test_a_process_that_dies_is_a_lost_worker_and_is_replaced(shared: RayExecutor) -> None:
