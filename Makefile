@@ -3,7 +3,7 @@
 BIN := .venv/bin
 VERSIONS := pyproject.toml constraints.txt scripts/install.sh
 # Tests run in so many processes, each with one thread of torch's: more threads than cores only wait for each other.
-JOBS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}' || echo 2)
+JOBS ?= $(shell (nproc || sysctl -n hw.ncpu || echo 2) 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}')
 export PYTHON
 
 quickstart: .venv/.installed-run ## run the quickstart study; takes it up where it stopped

@@ -33,6 +33,10 @@ for _ in $(seq 60); do
     ray health-check 2>/dev/null && break
     sleep 1
 done
+ray health-check 2>/dev/null || {
+    echo "Ray's head did not start on $SLURMD_NODENAME" >&2
+    exit 1
+}
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     others=$((SLURM_JOB_NUM_NODES - 1))
     srun --overlap --nodes="$others" --ntasks="$others" --exclude="$SLURMD_NODENAME" \

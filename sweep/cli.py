@@ -224,6 +224,7 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         with console.watching(console.console()) as listen:
             silent = (lambda progress: None) if was_complete else listen
             run_study(study, folder, workers, storage, home.cache, listen=silent, checkpoints=checkpoints)
+        workers.shutdown()  # analyses and publishing may need their memory
         if was_complete:
             _say(f"study {study.name} is complete: nothing to do")
         analyses.analyse(study, folder, home.cache, _say)

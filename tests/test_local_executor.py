@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +23,16 @@ from sweep.execution import devices
 from sweep.execution.choose import ExecutorName, describe, local_environments, open_executor
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.local import LocalExecutor
-from sweep.study.errors import Damaged, FieldError, NoWorkers, WorkerLost, is_out_of_memory, was_killed
+from sweep.study.errors import (
+    Damaged,
+    FieldError,
+    NoWorkers,
+    Told,
+    WorkerLost,
+    in_one_line,
+    is_out_of_memory,
+    was_killed,
+)
 from sweep.study.schema import Resources
 
 
@@ -109,7 +120,7 @@ def test_a_unit_that_wants_to_leave_ends_neither_worker_nor_driver(error: BaseEx
 def test_an_error_that_cannot_cross_becomes_its_line(fails: Any, line: str) -> None:
     with workers(1) as executor:
         error = executor.submit(fails).exception()
-        assert type(error) is RuntimeError and str(error) == line
+        assert type(error) is Told and str(error) == in_one_line(error) == line
         assert is_out_of_memory(error) == ("CUDA" in line)
 
 
@@ -206,6 +217,29 @@ def test_a_worker_takes_its_children_with_it(tmp_path: Path, ends: str) -> None:
         wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 5)
 
 
+DRIVER = """
+import sys
+from pathlib import Path
+import worker_units as units
+
+with units.workers(1) as executor:
+    executor.submit(units.sleep_with_a_child, Path(sys.argv[1])).result()
+"""
+
+
+def test_a_driver_that_is_killed_leaves_no_worker_and_no_child_of_one(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    paths = {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], env={**os.environ, **paths})
+    try:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2, "both")
+    finally:
+        driver.kill()
+        driver.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 10)
+
+
 def test_shutdown_stops_every_worker_at_once(tmp_path: Path) -> None:
     with workers(2) as executor:
         idle = executor.submit(units.pid).result()
@@ -229,7 +263,7 @@ def test_a_system_that_gives_no_process_leaves_no_workers() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert isinstance(error, NoWorkers)
-        assert str(error) == "no worker process can be started: Too many open files"
+        assert str(error).startswith("no worker process can be started: Too many open files; end other programs, allow")
         assert executor.submit(units.pid).result(), "as soon as it gives some, it goes on"
 
 
@@ -335,7 +369,7 @@ def test_a_wrong_combination_is_refused_in_one_line_that_names_the_field(tmp_pat
     study = Path("studies/quickstart.yaml").absolute()
     done = sweep("run", str(study), "--home", "home", "--set", "resources.workers=2", cwd=tmp_path)
     assert done.returncode == 2
-    reason = "asks for workers in processes of their own: run it with --executor local or ray, or leave it out"
+    reason = "asks for workers: run it with --executor local or ray, in processes of their own, or leave it out"
     assert done.stderr == f"--set: resources.workers: {reason}\n"
     for asked in ("workers=0", "gpus=1.5", "gpus=-1", "cpus=0", "seconds_per_rung=0", "wrkers=1", "workers=1.5"):
         done = sweep("run", str(study), "--home", "home", "--set", f"resources.{asked}", cwd=tmp_path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,8 +24,9 @@ from fakes import fake_work, fingerprints, forecast, make_study, prepare, probe,
 from hypothesis import given
 from hypothesis import strategies as st
 from test_packing import ready_trials, slot
-from worker_units import packs_seen, with_fault, workers
+from worker_units import packs_seen, wait_for, with_fault, workers
 
+from sweep.driver import phase
 from sweep.driver.failures import LOSSES, decide
 from sweep.driver.packing import Pack, Ready, plan_packs
 from sweep.driver.pricing import allowed_seconds
@@ -166,13 +170,52 @@ def test_a_limit_does_not_touch_a_study_that_keeps_within_it(home: Home, done: H
     assert ended == [] and found(home, study) == found(done, study)
 
 
+SLOW_STUDY = """
+import sys
+from functools import partial
+from pathlib import Path
+import worker_units as units
+from driving import run
+from fakes import fake_work, make_study
+from sweep.study.home import Home
+
+study = make_study(resources={"workers": 1, "seconds_per_rung": 3}, train={"steps": 1, "batch_size": 1},
+    search={"rungs": [1]}, confirm={"seeds": [1], "reference": 8, "epsilon": 0.05})
+with units.workers(1) as executor:
+    heard = run(Home(Path(sys.argv[1])), study, fake_work(partial(units.train_slowly, 1.0)), executor)
+print("\\n".join(progress.message for progress in heard))
+"""
+
+
+def test_a_command_that_is_stopped_for_a_while_takes_no_pack_for_hung(tmp_path: Path, home: Home) -> None:
+    """Ctrl-Z, or a machine that sleeps: workers go on, or sleep too; nobody has waited for them."""
+    tests = Path(__file__).parent
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STUDY, str(home.root)],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: any(home.root.glob("studies/fake/trials/*/journal.jsonl")), "the first trial")
+        driver.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        driver.send_signal(signal.SIGCONT)
+        told, _ = driver.communicate(timeout=120)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0 and "finished" in told
+    assert "lost" not in told
+
+
 @given(ready_trials(), st.integers(1, 12), st.integers(1, 6))
 def test_no_worker_idles_while_another_has_a_large_pack(ready: list[Ready], pack_size: int, n: int) -> None:
     packs = plan_packs(ready, pack_size, n)
     assert sorted(s.index for pack in packs for s in pack.slots) == [r.slot.index for r in ready]
     most = max((len(pack.slots) for pack in packs), default=0)
     assert most <= pack_size and most <= -(-len(ready) // n)
-    assert len(packs) >= min(len(ready), n) or most == 1 or len(packs) * most >= len(ready)
+    kinds, even = Counter((r.start, r.slot.arm.is_full) for r in ready), max(1, min(pack_size, -(-len(ready) // n)))
+    assert len(packs) == sum(times if full else -(-times // even) for (_, full), times in kinds.items())
 
 
 def test_two_workers_share_what_one_pack_would_hold() -> None:
@@ -342,3 +385,37 @@ def leave_half(mark: Path, unit: Unit) -> tuple[Measurement, ...]:
         (Path(unit.trials[0].folder) / "checkpoints" / ".tmp-1-77").mkdir(parents=True)
         units.die(signal.SIGKILL)
     return train_rung(unit)
+
+
+class Growing(Threads):
+    """One worker, and another that joins a moment after the first has work."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.slots = 1
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        if args and isinstance(args[0], Unit):
+            threading.Timer(0.5, self.grow).start()
+        return super().submit(fn, *args)
+
+    def grow(self) -> None:
+        self.slots = 2
+
+
+def test_a_worker_that_joins_is_used_while_others_train(
+    home: Home, done: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phase, "LOOK_EVERY", 0.05)
+    study, meeting = make_study(), threading.Barrier(2)
+    first = iter([True, True])
+
+    def train(unit: Unit) -> tuple[Measurement, ...]:
+        if next(first, False):
+            meeting.wait(10)  # BrokenBarrierError where the first one trains alone
+        return train_rung(unit)
+
+    with Growing() as executor:
+        run(home, study, fake_work(train), executor)
+    assert not meeting.broken
+    assert found(home, study) == found(done, study)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sweep.driver.packing import Pack, Ready, halves, plan_packs
+from sweep.driver.failures import decide
+from sweep.driver.packing import Pack, Ready, at_most, halves, plan_packs
 from sweep.driver.plan import Slot
 from sweep.study.arms import Arm, full_arm
+from sweep.study.errors import WorkerLost
 
 RUNGS = {0: 15, 15: 30, 30: 60}
 
@@ -74,3 +76,15 @@ def test_halves_hold_every_trial_once_and_both_hold_some(n: int) -> None:
     assert first.slots + second.slots == pack.slots
     assert first.slots and second.slots
     assert (first.start, first.stop, second.start, second.stop) == (0, 15, 0, 15)
+
+
+def test_parts_of_a_pack_keep_what_has_happened_to_it() -> None:
+    pack = Pack(tuple(slot(i, 2) for i in range(5)), 15, 30, losses=1, rebuilds=2)
+    assert {(p.start, p.stop, p.losses, p.rebuilds) for p in (*halves(pack), *at_most(pack, 2))} == {(15, 30, 1, 2)}
+
+
+def test_packs_that_lost_their_worker_twice_for_want_of_memory_are_smaller_from_then_on() -> None:
+    pack, lost = Pack(tuple(slot(i, 2) for i in range(5)), 0, 15), WorkerLost("killed, perhaps for want of memory")
+    assert decide(pack, lost, shared=False).most is None
+    assert decide(Pack(pack.slots, 0, 15, losses=1), lost, shared=False).most == 2
+    assert decide(Pack(pack.slots, 0, 15, losses=1), WorkerLost("did nothing for 9 s"), shared=False).most is None

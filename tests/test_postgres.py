@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,5 +36,5 @@ def test_without_postgresql_its_tests_are_skipped_or_fail(tmp_path: Path, needed
 
 
 def test_ci_needs_postgresql() -> None:
-    (line,) = [line for line in (TESTS.parent / ".ci" / "run").read_text().splitlines() if "make test" in line]
-    assert "SWEEP_NEEDS_POSTGRES=1" in line
+    before, tests, _ = (TESTS.parent / ".ci" / "run").read_text().partition("make test")
+    assert tests and re.search(r"^export .*\bSWEEP_NEEDS_POSTGRES=1\b", before, re.MULTILINE)

@@ -18,7 +18,7 @@ from worker_units import is_alive, wait_for
 
 from sweep.execution.choose import seconds_without_workers
 from sweep.execution.ray import RayExecutor
-from sweep.study.errors import Damaged, FieldError, WorkerLost, is_out_of_memory
+from sweep.study.errors import Damaged, FieldError, Told, WorkerLost, is_out_of_memory
 from sweep.study.schema import Resources
 
 
@@ -68,7 +68,6 @@ def test_a_worker_has_its_threads_before_torch_is_imported(shared: RayExecutor) 
 @pytest.mark.parametrize(
     "error",
     [
-        FieldError(("data.source", "rows.csv: there is no such file or folder"), ("model", "gone")),
         OSError(errno.ENOSPC, "No space left on device", "weights.safetensors"),
         MemoryError("no room"),
         Damaged("checkpoint of step 4 is damaged", 3),
@@ -79,15 +78,31 @@ def test_a_worker_has_its_threads_before_torch_is_imported(shared: RayExecutor) 
 def test_an_error_is_the_one_that_the_unit_raised(shared: RayExecutor, error: Exception) -> None:
     found = shared.submit(units.fail, error).exception(60)
     assert type(found) is type(error) and str(found) == str(error)
-    for name in ("problems", "errno", "trial"):
+    for name in ("errno", "trial"):
         assert getattr(found, name, None) == getattr(error, name, None)
+
+
+def test_what_a_node_lacks_is_told_with_its_address(shared: RayExecutor) -> None:
+    error = FieldError(("data.source", "rows.csv: there is no such file or folder"), ("model", "gone"))
+    found = shared.submit(units.fail, error).exception(60)
+    assert isinstance(found, FieldError) and found.problems == (
+        ("data.source", "rows.csv: there is no such file or folder (on node 127.0.0.1)"),
+        ("model", "gone (on node 127.0.0.1)"),
+    )
 
 
 def test_an_error_that_cannot_be_sent_is_one_line_of_it(shared: RayExecutor) -> None:
     found = shared.submit(units.fail_stubbornly).exception(60)
-    assert type(found) is RuntimeError and str(found) == "Stubborn: one and two"
+    assert type(found) is Told and str(found) == "Stubborn: one and two"
     found = shared.submit(units.fail_like_torch).exception(60)
-    assert type(found) is RuntimeError and is_out_of_memory(found)
+    assert type(found) is Told and is_out_of_memory(found)
+
+
+def test_a_process_whose_gpu_broke_gets_no_other_unit(shared: RayExecutor) -> None:
+    broken = RuntimeError("CUDA error: device-side assert triggered")
+    before = shared.submit(units.pid).result(60)
+    assert lost(shared, units.fail, broken) == f"its GPU failed (RuntimeError: {broken})"
+    assert before not in {shared.submit(units.pid).result(60) for _ in range(4)}
 
 
 def test_a_process_that_dies_is_a_lost_worker_and_is_replaced(shared: RayExecutor) -> None:

@@ -20,17 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from postgres import find_binaries
-from postgres_image import as_postgres, make_cluster, server_words
+from postgres import as_postgres, find_binaries
+from postgres_image import make_cluster, server_words
 from servers import free_port
 
 MARK = "UNBOXED"  # in the environment of every process of a box: what an engine knows by its control group
 PGDATA = "/var/lib/postgresql/data"
-# Container's own address as a shell's `ray` must be told it: it would look for one that the outside can reach.
+# Its own address, which an engine lets Ray find out: here it would take one that the outside can reach.
 SHIM = """#!/bin/sh
 [ "$1" = start ] && shift && exec {ray} start --node-ip-address={address} "$@"
 exec {ray} "$@"
 """
+
+
+@dataclass(frozen=True)
+class Wires:
+    """Where the services are."""
+
+    root: Path  # that containers' paths are under
+    addresses: Mapping[str, str]  # of a service's first container; the others' follow
+    ports: Mapping[tuple[str, int], int]  # (service, its port) → the free one that it has here
 
 
 @dataclass(frozen=True)
@@ -53,39 +62,14 @@ class Box:
 def unbox(config: Mapping[str, Any], root: Path) -> dict[str, list[Box]]:
     """The boxes of every service of a resolved compose file. `root` must have a short name, for Ray's sockets."""
     services: dict[str, Any] = config["services"]
-    texts = "\n".join(texts_of(services))
-    block = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
-    ports = {name: sorted(_ports_of(name, service, texts)) for name, service in services.items()}
-    mapped = {(name, port): free_port() for name in services for port in ports[name]}
-    boxes: dict[str, list[Box]] = {}
-    addresses = {name: f"{block}.{10 * index + 1}" for index, name in enumerate(services)}
-    for name, service in services.items():
-        for volume in sorted(service.get("volumes", []), key=lambda volume: len(volume["target"])):
-            _mount(root, volume)
-        boxes[name] = []
-        for number in range(service.get("scale", 1)):
-            address = _plus(addresses[name], number)
-            folder = root / f"{name}-{number + 1}"
-
-            def told(text: str, name: str = name, service: Mapping[str, Any] = service, address: str = address) -> str:
-                return _unboxed(text, name, service, address, addresses, mapped, root)
-
-            words = [told(word) for word in [*(service.get("entrypoint") or []), *(service.get("command") or [])]]
-            check = service.get("healthcheck", {}).get("test", ["NONE"])
-            boxes[name].append(
-                Box(
-                    name=folder.name,
-                    service=service,
-                    words=tuple(words),
-                    env=_environment(folder, address, {k: told(v) for k, v in service["environment"].items()}),
-                    health=tuple(told(word) for word in check[1:]),
-                    address=address,
-                    folder=folder,
-                )
-            )
-        if service["image"].startswith("postgres:"):
-            boxes[name] = [_as_image_starts(box, config, mapped[name, 5432], root) for box in boxes[name]]
-    return boxes
+    wires = _wire(services, root)
+    volumes = [volume for service in services.values() for volume in service.get("volumes", [])]
+    for volume in sorted(volumes, key=lambda volume: len(volume["target"])):  # one may lie in another
+        _mount(root, volume)
+    return {
+        name: [_box(name, number, service, config, wires) for number in range(service.get("scale", 1))]
+        for name, service in services.items()
+    }
 
 
 def with_command(box: Box, *words: str) -> Box:
@@ -111,7 +95,7 @@ def up(boxes: Mapping[str, Sequence[Box]], *services: str) -> dict[str, subproce
 
 def start(box: Box) -> subprocess.Popen[bytes]:
     (box.folder / "tmp").mkdir(parents=True, exist_ok=True)
-    lower = as_postgres() if box.service["image"].startswith("postgres:") else {}
+    lower = as_postgres() if is_postgres(box) else {}
     cwd = box.service.get("working_dir")
     with open(box.log, "ab") as log:
         return subprocess.Popen(
@@ -164,7 +148,7 @@ def kill(box: Box) -> None:
 
 def stop(box: Box, first: subprocess.Popen[bytes], seconds: float = 20) -> list[psutil.Process]:
     """As `docker stop`: a signal to the first process, then an end to all. Returns what had to be killed."""
-    number = signal.SIGINT if box.service["image"].startswith("postgres:") else signal.SIGTERM  # as its image says
+    number = signal.SIGINT if is_postgres(box) else signal.SIGTERM  # as its image says
     if first.poll() is None:
         first.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
@@ -188,29 +172,51 @@ def texts_of(found: Any) -> Iterator[str]:
         yield found
 
 
-def _ports_of(name: str, service: Mapping[str, Any], texts: str) -> set[int]:
-    """What others reach it by, as NAME:PORT anywhere in the file, and what it publishes."""
-    named = {int(port) for port in re.findall(rf"(?<![\w.-]){name}:(\d+)", texts)}
-    return named | {int(port["target"]) for port in service.get("ports", [])}
+def _wire(services: Mapping[str, Any], root: Path) -> Wires:
+    """A port is what others reach a service by, as NAME:PORT anywhere in the file, or what it publishes."""
+    texts, block = "\n".join(texts_of(services)), f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
+    ports = {}
+    for name, service in services.items():
+        named = {int(port) for port in re.findall(rf"(?<![\w.-]){name}:(\d+)", texts)}
+        for port in named | {int(port["target"]) for port in service.get("ports", [])}:
+            ports[name, port] = free_port()
+    return Wires(root, {name: f"{block}.{10 * index + 1}" for index, name in enumerate(services)}, ports)
 
 
-def _unboxed(
-    text: str,
-    name: str,
-    service: Mapping[str, Any],
-    address: str,
-    addresses: Mapping[str, str],
-    mapped: Mapping[tuple[str, int], int],
-    root: Path,
-) -> str:
-    for (other, port), free in mapped.items():
-        text = re.sub(rf"(?<![\w.-]){other}:{port}(?!\d)", f"{addresses[other]}:{free}", text)
+def _box(name: str, number: int, service: Mapping[str, Any], config: Mapping[str, Any], wires: Wires) -> Box:
+    block, _, last = wires.addresses[name].rpartition(".")
+    address, folder = f"{block}.{int(last) + number}", wires.root / f"{name}-{number + 1}"
+
+    def here(words: Sequence[str] | None) -> tuple[str, ...]:
+        return tuple(_unboxed(word, name, service, address, wires) for word in words or [])
+
+    own = dict(zip(service["environment"], here(list(service["environment"].values())), strict=True))
+    box = Box(
+        name=folder.name,
+        service=service,
+        words=here(service.get("entrypoint")) + here(service.get("command")),
+        env=_environment(folder, address, own),
+        health=here(service.get("healthcheck", {}).get("test"))[1:],
+        address=address,
+        folder=folder,
+    )
+    return _as_image_starts(box, config, wires) if is_postgres(box) else box
+
+
+def is_postgres(box: Box) -> bool:
+    return str(box.service["image"]).startswith("postgres:")
+
+
+def _unboxed(text: str, name: str, service: Mapping[str, Any], address: str, wires: Wires) -> str:
+    """A text of a service as it is here: hosts and ports, its own address, its own port, paths on its volumes."""
+    for (other, port), free in wires.ports.items():
+        text = re.sub(rf"(?<![\w.-]){other}:{port}(?!\d)", f"{wires.addresses[other]}:{free}", text)
     text = re.sub(r"(?<![\w.])(0\.0\.0\.0|127\.0\.0\.1|localhost)(?![\w.])", address, text)
-    for (other, port), free in mapped.items():
+    for (other, port), free in wires.ports.items():
         if other == name:
             text = re.sub(rf"(?<!\d){port}(?!\d)", str(free), text)
     for volume in service.get("volumes", []):
-        text = re.sub(rf"(?<![\w./-]){volume['target']}(?![\w.-])", f"{root}{volume['target']}", text)
+        text = re.sub(rf"(?<![\w./-]){volume['target']}(?![\w.-])", f"{wires.root}{volume['target']}", text)
     return text
 
 
@@ -245,9 +251,9 @@ def _environment(folder: Path, address: str, own: Mapping[str, str]) -> dict[str
     }
 
 
-def _as_image_starts(box: Box, config: Mapping[str, Any], port: int, root: Path) -> Box:
+def _as_image_starts(box: Box, config: Mapping[str, Any], wires: Wires) -> Box:
     """What the official image does before it starts the server: the data folder, user, database and scripts."""
-    env, data = box.env, Path(f"{root}{PGDATA}")
+    env, data, port = box.env, Path(f"{wires.root}{PGDATA}"), wires.ports["postgres", 5432]
     scripts = [
         config["configs"][entry["source"]]["content"]
         for entry in box.service.get("configs", [])
@@ -272,11 +278,6 @@ def in_order(services: Mapping[str, Any], wanted: Sequence[str] = ()) -> list[st
     for name in wanted or services:
         add(name)
     return order
-
-
-def _plus(address: str, number: int) -> str:
-    block, _, last = address.rpartition(".")
-    return f"{block}.{int(last) + number}"
 
 
 def _seconds(duration: str) -> float:

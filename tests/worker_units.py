@@ -195,5 +195,10 @@ def train_but(error: str, arm: str, unit: Unit) -> tuple[Measurement, ...]:
     return train_rung(unit)
 
 
+def train_slowly(seconds: float, unit: Unit) -> tuple[Measurement, ...]:
+    time.sleep(seconds)
+    return train_rung(unit)
+
+
 def lose(*args: Any) -> None:
     die(signal.SIGKILL)

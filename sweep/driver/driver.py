@@ -14,7 +14,7 @@ from sweep.driver.packing import calibration_lines, disturbance
 from sweep.driver.patience import PATIENCE_S, Patience, StorageError
 from sweep.driver.phase import run_phase, why_not
 from sweep.driver.plan import Finalists, Slot, confirm_slots, pick_finalists, search_slots
-from sweep.driver.pricing import forecast_lines, priced
+from sweep.driver.pricing import SECONDS_TO_PROBE, forecast_lines, priced, seconds_aside
 from sweep.driver.progress import Progress, is_complete, snapshot, start_tally, unmeasured
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question
 from sweep.driver.session import Session, warn
@@ -59,10 +59,10 @@ def run_study(
         if is_complete(study, known):
             listen(_finished(study, known))
             return
+        name_holder(lock)
         setup = study.setup(str(cache))
         if known.prepared is not None:
-            refuse_other_inputs(executor, work, setup, known.prepared)
-        name_holder(lock)
+            refuse_other_inputs(executor, work, setup, known.prepared, seconds_aside(study))
         patience = Patience(storage_url, patience_s)
         session = begin(study, folder, executor, work, setup, known, checkpoints, patience, listen)
         take_up(session)
@@ -86,9 +86,8 @@ def _prepare(session: Session) -> Prepared:
     made = session.setup.pretrain is not None
     session.say("making the base model, reading the data" if made else "reading the model and the data")
     arms = session.study.list_arms()
-    prepared: Prepared = call(
-        session.executor, "reading the model and the data", session.work.prepare, session.setup, arms
-    )
+    seconds, doing = seconds_aside(session.study), "reading the model and the data"
+    prepared: Prepared = call(session.executor, doing, session.work.prepare, session.setup, arms, seconds=seconds)
     append(session.folder.journal, "prepared", prepared=to_json(prepared))
     for line in disturbance(prepared):
         warn(session, line)
@@ -101,9 +100,11 @@ def _prepare(session: Session) -> Prepared:
 def _forecast(session: Session, prepared: Prepared) -> StudyForecast | None:
     """What the arms will cost, before the first trial; None, and a warning, where that cannot be told."""
     session.say("forecasting what the arms cost: a few probe steps of some")
-    arms = session.study.list_arms()
+    arms, seconds = session.study.list_arms(), seconds_aside(session.study)
     try:
-        found = call(session.executor, "forecasting", session.work.forecast, session.setup, prepared, arms)
+        found = call(
+            session.executor, "forecasting", session.work.forecast, session.setup, prepared, arms, seconds=seconds
+        )
     except (FieldError, NoWorkers):
         raise
     except Exception as error:
@@ -133,13 +134,14 @@ def _choose(session: Session, slots: tuple[Slot, ...]) -> Finalists:
 def _probe_costs(session: Session, prepared: Prepared, known: dict[str, Cost]) -> None:
     """What each arm costs alone, one at a time with nothing else running."""
     session.tally.phase = "cost"
+    seconds, probe = seconds_aside(session.study, SECONDS_TO_PROBE), session.work.probe
     arms = {arm.cost_key: arm for arm in reversed(session.study.list_arms()) if arm.cost_key not in known}
     for key, arm in reversed(arms.items()):
         if session.unfit_by(key) is not None:
             continue
         session.say(f"measuring the cost of {key}")
         try:
-            cost: Cost = call(session.executor, "measuring", session.work.probe, session.setup, prepared, arm)
+            cost: Cost = call(session.executor, "measuring", probe, session.setup, prepared, arm, seconds=seconds)
         except (FieldError, NoWorkers):  # data or model are gone; an OSError here may be for good (no /proc)
             raise
         except Exception as error:

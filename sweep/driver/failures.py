@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from sweep.execution.executor import Executor
 from sweep.study.errors import FieldError, NoWorkers, WorkerLost, in_one_line, is_out_of_memory
 from sweep.study.records import FAILED, INFEASIBLE
 
+LOOK_EVERY = 5.0  # seconds: whether what waits for a worker has one
 LOSSES = 3  # of the worker of one trial; so many are no accident
 
 
@@ -53,16 +56,34 @@ def decide(pack: Pack, error: Exception, shared: bool) -> Decision:
     return Decision(f"{who} failed: {why}", (), FAILED, why)
 
 
-def call(executor: Executor, doing: str, fn: Callable[..., Any], *args: Any) -> Any:
-    """fn(*args), run by a worker; where that is lost another takes over, and after three WorkerLost is raised."""
+def call(executor: Executor, doing: str, fn: Callable[..., Any], *args: Any, seconds: float | None = None) -> Any:
+    """fn(*args), run by a worker; where that is lost another takes over, and after three WorkerLost is raised.
+
+    seconds: that it may take before it is taken for hung and its worker ended; None: as long as it takes.
+    """
     reason = ""
     for _ in range(LOSSES):
+        future = executor.submit(fn, *args)
         try:
-            return executor.submit(fn, *args).result()
+            if seconds is not None:
+                _end_if_hung(executor, future, seconds)
+            return future.result()
         except WorkerLost as error:
             heed()
             reason = str(error)
     raise WorkerLost(f"the worker was lost {LOSSES} times while {doing}: {reason}")
+
+
+def _end_if_hung(executor: Executor, future: Future[Any], seconds: float) -> None:
+    """Wait for a future, and end it when its time is over, which begins as soon as it has a worker."""
+    due: float | None = None
+    while not future.done():
+        if due is None and future.running():
+            due = time.monotonic() + seconds
+        wait([future], min(seconds, LOOK_EVERY) if due is None else max(0.0, due - time.monotonic()))
+        if due is not None and time.monotonic() >= due:
+            executor.end(future, f"did nothing for {seconds:.0f} s")
+            return
 
 
 def _after_loss(pack: Pack, error: WorkerLost) -> Decision:
@@ -73,8 +94,9 @@ def _after_loss(pack: Pack, error: WorkerLost) -> Decision:
     who, why = name_trials(pack), " ".join(str(error).split())
     lost = replace(pack, losses=pack.losses + 1)
     if len(pack.slots) > 1 and pack.losses:
-        again = tuple(replace(half, losses=1) for half in halves(pack))
-        return Decision(f"the worker of {who} was lost again, and they are tried in halves: {why}", again)
+        parts = halves(replace(pack, losses=1))
+        most = max(1, len(pack.slots) // 2) if "want of memory" in why else None
+        return Decision(f"the worker of {who} was lost again, and they are tried in halves: {why}", parts, most=most)
     if lost.losses < LOSSES:
         last = len(pack.slots) == 1 and lost.losses == LOSSES - 1
         again = (_apart(lost) if last else lost,)

@@ -32,7 +32,6 @@ from sweep.study.schema import Study
 from sweep.tracking.connection import database_url
 
 HASH, OWNER = "question_sha256", "started"  # the study's own attributes in Optuna
-EXTRA = "pip install 'lora-sweep[postgres]'"
 SECONDS_TO_CLAIM = 5.0  # in which whoever made a study says that it is theirs
 # So that a cable that is pulled is an error, and no silence. Seconds, and milliseconds for the last.
 LIBPQ = {
@@ -70,7 +69,7 @@ def open_storage(patience: Patience) -> BaseStorage:
         raise_at_once(backend.engine)
         return optuna.storages.get_storage(backend)
 
-    return patiently(patience, opened)
+    return patiently(patience, opened, reads=True)
 
 
 def _open_backend(url: str, options: dict[str, Any]) -> RDBStorage:
@@ -119,7 +118,7 @@ def open_ledger(study: Study, storage: BaseStorage, started: float, patience: Pa
     Raises QuestionChanged where the storage holds another question, StorageError where it is another home's study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return patiently(patience, lambda again: _open_ledger(study, storage, started, patience))
+    return patiently(patience, lambda again: _open_ledger(study, storage, started, patience), reads=True)
 
 
 def _open_ledger(study: Study, storage: BaseStorage, started: float, patience: Patience) -> Ledger:

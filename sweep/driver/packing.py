@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 from sweep.driver.plan import Slot
@@ -16,6 +16,9 @@ class Rebuild:
 
     then: int
     damage: str
+
+
+MS = "ms_per_trial_step"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def plan_packs(ready: Sequence[Ready], pack_size: int, workers: int = 1) -> list
 def halves(pack: Pack) -> tuple[Pack, Pack]:
     """A pack of two or more, split: a trial is not lost because of its neighbours."""
     middle = len(pack.slots) // 2
-    return Pack(pack.slots[:middle], pack.start, pack.stop), Pack(pack.slots[middle:], pack.start, pack.stop)
+    return replace(pack, slots=pack.slots[:middle]), replace(pack, slots=pack.slots[middle:])
 
 
 def at_most(pack: Pack, pack_size: int) -> list[Pack]:
@@ -84,7 +87,7 @@ def calibration_lines(prepared: Prepared) -> list[str]:
     lines = [f"packs of up to {prepared.pack_size} trials in {chosen}"]
     if prepared.calibration:
         figures = (
-            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f.get('ms_per_trial_step') or f['failed']}"
+            f"{f['precision']} {f['attention']} ×{f['pack_size']} {f['failed'] if 'failed' in f else f[MS]}"
             for f in prepared.calibration
         )
         lines.append(f"calibration, ms a trial and step (the larger of two packs within 3 %): {', '.join(figures)}")

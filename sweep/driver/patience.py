@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
@@ -68,10 +69,11 @@ class Patience:
         return f"the Optuna storage {shown_url(self.url)}"
 
 
-def patiently(patience: Patience, call: Callable[[bool], T]) -> T:
+def patiently(patience: Patience, call: Callable[[bool], T], reads: bool = False) -> T:
     """What `call` returns; called again, after growing pauses, while the storage does not answer.
 
     call: takes whether it was called before: an attempt whose answer was lost may have been carried out.
+    reads: the call reads what the storage holds of a study, so that an error without SQL tells of damage.
     Raises StorageError where waiting does not help, or has not helped for `patience.seconds`; an interrupt between two
     attempts is raised at once.
     """
@@ -83,7 +85,7 @@ def patiently(patience: Patience, call: Callable[[bool], T]) -> T:
             raise
         except Exception as error:
             found = find_cause(error)
-            if found is None and isinstance(error, UNREADABLE):
+            if found is None and reads and isinstance(error, UNREADABLE):
                 raise damaged(patience, in_one_line(error)) from error
             if found is None:
                 raise
@@ -186,6 +188,9 @@ def _why(patience: Patience, error: BaseException) -> str:
     """What is wrong with the storage and what to do, in one line."""
     line = _one_line(error, patience.url)
     if isinstance(error, sqlite3.Error):
+        file = database_url(patience.url).database
+        if file and not Path(file).exists():
+            return f"{patience.shown} was removed while the study ran: the same command makes it anew from the journals"
         if "locked" in line:
             return f"{patience.shown} is locked by another program ({line}): end that one; {SAVED}"
         if "full" in line or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_WRITE:

@@ -9,28 +9,31 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sweep.driver.checkpoints import refuse_absent
 from sweep.driver.failures import Decision, call, decide, is_passing
 from sweep.driver.groups import Group, form_groups, group_steps, judge_group
 from sweep.driver.interrupts import heed
 from sweep.driver.packing import Pack, Ready, at_most, name_trials, plan_packs
 from sweep.driver.patience import StorageError
 from sweep.driver.plan import Slot
-from sweep.driver.pricing import allowed_seconds
+from sweep.driver.pricing import SECONDS_TO_PROBE, allowed_seconds, seconds_aside
 from sweep.driver.rebuild import set_apart, take_rebuilt
 from sweep.driver.session import Session, ask, can_ask, end, settle
 from sweep.study.errors import Damaged, in_one_line, is_out_of_memory, was_killed
 from sweep.study.records import CONFIRM, DIVERGED, FAILED, INFEASIBLE, PRUNED, Prepared, StudyForecast, Unit
+from sweep.tracking.remote import PlaceError
 
-LOOK_FOR_WORKERS_EVERY = 5.0  # seconds, while packs wait
+LOOK_EVERY = 5.0  # seconds, where a pack may hang, or waits for a worker that may come
 
 
 @dataclass
 class Running:
-    """A pack in training, and when it is taken for hung."""
+    """A pack in training, when it is taken for hung, and whether another ever was in training beside it."""
 
     pack: Pack
-    allowed: float | None  # seconds
-    due: float | None  # by time.monotonic; None: never, or it has been ended
+    allowed: float | None  # seconds; None: as long as it takes, or it has been ended
+    due: float | None = None  # by Phase.waited; None until it has a worker
+    shared: bool = False
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Phase:
     exclusive: deque[Pack] = field(default_factory=deque)  # each waits until nothing else is left or in training
     running: dict[Future[Any], Running] = field(default_factory=dict)
     trouble: Exception | None = None  # that stops the study
+    waited: float = 0.0  # seconds; a command that was stopped for an hour has not waited for an hour
 
     @property
     def slots(self) -> int:
@@ -74,7 +78,7 @@ def run_phase(
     while phase.running or (phase.trouble is None and (phase.ready or phase.packs or phase.exclusive)):
         _start_packs(phase)
         for future in _wait(phase):
-            _take_up(phase, phase.running.pop(future).pack, future)
+            _take_up(phase, phase.running.pop(future), future)
         phase.trouble = phase.trouble or next(iter(session.trouble), None)
     if phase.trouble is not None:
         raise phase.trouble
@@ -87,16 +91,22 @@ def _start_packs(phase: Phase) -> None:
         pack = _next_pack(phase)
         if pack is None:
             return
-        pack, spared = _spare_unfit(phase, pack)
-        for slot in spared:
-            _leave_rung(phase, slot)
-        if pack.slots:
-            allowed = _allowed_seconds(phase, pack)
-            due = None if allowed is None else time.monotonic() + allowed
-            try:
-                phase.running[_submit(phase, pack)] = Running(pack, allowed, due)
-            except StorageError as away:
-                phase.trouble = away
+        try:
+            pack, spared = _spare_unfit(phase, pack)
+            for slot in spared:
+                _leave_rung(phase, slot)
+            if pack.slots:
+                _begin(phase, pack)
+        except StorageError as away:
+            phase.trouble = away
+
+
+def _begin(phase: Phase, pack: Pack) -> None:
+    allowed = _allowed_seconds(phase, pack)
+    phase.running[_submit(phase, pack)] = Running(pack, allowed)
+    if len(phase.running) > 1:  # remembered: when a pack finds no memory, the others may have ended, or their workers
+        for running in phase.running.values():
+            running.shared = True
 
 
 def _next_pack(phase: Phase) -> Pack | None:
@@ -148,25 +158,42 @@ def _allowed_seconds(phase: Phase, pack: Pack) -> float | None:
 
 def _wait(phase: Phase) -> Set[Future[Any]]:
     """The futures that have ended: none where a pack's time is over, and its worker is ended, or more may have come."""
-    dues = [running.due for running in phase.running.values() if running.due is not None]
-    if phase.ready or phase.packs:
-        dues.append(time.monotonic() + LOOK_FOR_WORKERS_EVERY)
-    timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
+    dues = [due for future, running in phase.running.items() if (due := _due(phase, running, future)) is not None]
+    soonest = max(0.0, min(dues) - phase.waited) if dues else LOOK_EVERY
+    timeout = min(soonest, LOOK_EVERY) if dues or phase.ready or phase.packs else None
+    began = time.monotonic()
     finished, _ = wait(phase.running, timeout, FIRST_COMPLETED)
+    phase.waited += min(time.monotonic() - began, 2 * LOOK_EVERY)
     heed()  # before an error that an interrupt was turned into counts as a trial's
     for future, running in phase.running.items():
-        if future not in finished and running.due is not None and time.monotonic() >= running.due:
-            running.due = None
+        if future not in finished and running.due is not None and phase.waited >= running.due:
             phase.session.executor.end(future, f"did nothing for {running.allowed:.0f} s")
+            running.allowed = running.due = None
     return finished
 
 
-def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
+def _due(phase: Phase, running: Running, future: Future[Any]) -> float | None:
+    """When to look after a pack: when its time is over. One that still waits for a worker does not hang."""
+    if running.allowed is None:
+        return None
+    if running.due is None and not future.running():
+        return phase.waited + min(running.allowed, LOOK_EVERY)
+    running.due = running.due or phase.waited + running.allowed
+    return running.due
+
+
+def _take_up(phase: Phase, running: Running, future: Future[Any]) -> None:
     """What a pack that left training found, or what its error asks for."""
-    session, error = phase.session, future.exception()
+    session, pack, error = phase.session, running.pack, future.exception()
     session.tally.running -= len(pack.slots)
     if error is not None and not isinstance(error, Exception):
         raise error  # an interrupt that reached the worker
+    if error is None:
+        try:
+            specs = [session.records[slot.name].spec for slot in pack.slots]
+            refuse_absent(zip(specs, future.result(), strict=True))
+        except PlaceError as absent:
+            error = absent
     if error is None and pack.rebuild is None:
         for slot, measurement in zip(pack.slots, future.result(), strict=True):
             settle(session, slot.name, measurement)
@@ -176,7 +203,7 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
         session.say(f"{name_trials(pack)} cannot go on: {in_one_line(error)}")
         return
     else:
-        decision = _decide(phase, pack, future)
+        decision = _decide(phase, running, future)
         message = decision.message
         if decision.most is not None:
             phase.pack_size = min(phase.pack_size, decision.most)
@@ -191,14 +218,14 @@ def _take_up(phase: Phase, pack: Pack, future: Future[Any]) -> None:
     session.say(message)
 
 
-def _decide(phase: Phase, pack: Pack, future: Future[Any]) -> Decision:
-    session, error = phase.session, future.exception()
+def _decide(phase: Phase, running: Running, future: Future[Any]) -> Decision:
+    session, pack, error = phase.session, running.pack, future.exception()
     if error is None:
         return take_rebuilt(session, phase.prepared, pack, future.result()[0])
     if isinstance(error, Damaged):
         return set_apart(pack, error, session.records)
     assert isinstance(error, Exception)
-    return decide(pack, error, shared=phase.slots > 1)
+    return decide(pack, error, running.shared)
 
 
 def _spare_unfit(phase: Phase, pack: Pack) -> tuple[Pack, list[Slot]]:
@@ -227,7 +254,8 @@ def _no_room(phase: Phase, slot: Slot) -> str | None:
         return None
     session.say(f"{key} is not expected to fit and is probed in a process of its own")
     try:
-        call(session.executor, f"probing {key}", session.work.probe, session.setup, phase.prepared, slot.arm)
+        seconds, probe = seconds_aside(session.study, SECONDS_TO_PROBE), session.work.probe
+        call(session.executor, f"probing {key}", probe, session.setup, phase.prepared, slot.arm, seconds=seconds)
     except Exception as error:
         heed()
         if is_out_of_memory(error) or was_killed(error):

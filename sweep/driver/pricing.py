@@ -13,7 +13,14 @@ from sweep.study.finalists import finalist_groups, rates_confirmed
 from sweep.study.records import Forecast, Prepared, StudyForecast
 from sweep.study.schema import Study, rate_values
 
+SECONDS_TO_PROBE, TIMES_A_RUNG = 3600.0, 10  # that a probe, and all else that trains no rung, may take before it hangs
 SURELY, TIMES = 600.0, 20  # seconds, and how many times longer than forecast a pack may train before it hangs
+
+
+def seconds_aside(study: Study, otherwise: float | None = None) -> float | None:
+    """How long a worker may take for what is no rung: reading, calibrating, forecasting, probing."""
+    given = study.resources.seconds_per_rung if study.resources else None
+    return otherwise if given is None else TIMES_A_RUNG * given
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def take_rebuilt(session: Session, prepared: Prepared, pack: Pack, measurement: 
         reason = f"{damage}; trained anew it diverged at step {measurement.diverged_at}"
         return Decision(f"{name_trials(pack)} failed: {reason}", (), FAILED, reason)
     apart = _difference(record, measurement, step)
-    same = apart <= TOLERANCE.get(prepared.precision, 0.0)
+    same = apart <= TOLERANCE[prepared.precision]
     losses = "with the same losses" if same else f"with losses that differ by up to {apart:.2g} from the journal's"
     warn(session, f"{damage}; the trial was trained anew from step 0 to {step}, {losses}")
     append_rebuilt(record.spec, step, saved, damage)

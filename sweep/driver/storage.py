@@ -44,7 +44,7 @@ class Ledger:
 
 def list_trials(ledger: Ledger) -> list[FrozenTrial]:
     """Every trial, by number. Reads them all: once, when the study is taken up. Raises StorageError."""
-    return patiently(ledger.patience, lambda again: ledger.study.get_trials(deepcopy=False))
+    return patiently(ledger.patience, lambda again: ledger.study.get_trials(deepcopy=False), reads=True)
 
 
 def create_trial(ledger: Ledger, arm: Arm, rate: float, phase: str, seed: int, slot: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial
 
-from sweep.driver.checkpoints import tidy_checkpoints
+from sweep.driver.checkpoints import tidy_all
 from sweep.driver.failures import call
 from sweep.driver.interrupts import uninterrupted
 from sweep.driver.patience import StorageError
@@ -23,9 +23,11 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import TrialRecord
 
 
-def refuse_other_inputs(executor: Executor, work: Work, setup: Setup, prepared: Prepared) -> None:
+def refuse_other_inputs(
+    executor: Executor, work: Work, setup: Setup, prepared: Prepared, seconds: float | None = None
+) -> None:
     """Raise FieldError where data or model are not those that the study began with, or cannot be read any more."""
-    data, model, text = call(executor, "reading model and data", work.fingerprints, setup)
+    data, model, text = call(executor, "reading model and data", work.fingerprints, setup, seconds=seconds)
     compared = [
         ("data.source", setup.data.source, prepared.data_fingerprint, data),
         ("model", setup.model, prepared.model_fingerprint, model),
@@ -97,6 +99,7 @@ def take_up(session: Session) -> None:
     by_number = {trial.number: trial for trial in trials}
     for slot in list(session.records):
         _take_up_trial(session, slot, by_number)
+    tidy_all(session.records.values(), session.place)
 
 
 def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial]) -> None:
@@ -111,7 +114,6 @@ def _take_up_trial(session: Session, slot: str, trials: Mapping[int, FrozenTrial
             loss = record.last.eval_loss if record.last else None
             tell(session.ledger, trial.number, record.state, loss, record.reason)
     end_if_over(session, slot)
-    tidy_checkpoints(session.records[slot])
 
 
 def _fits(spec: TrialSpec, slot: str, cells: Mapping[str, Slot]) -> bool:

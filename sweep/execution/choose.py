@@ -55,7 +55,8 @@ def refuse_resources(resources: Resources | None) -> None:
         del asked["workers"]
     if asked:
         key = next(iter(asked))
-        message = "asks for workers in processes of their own: run it with --executor local or ray, or leave it out"
+        wants = "a deadline, and this process cannot end what hangs in it" if key == "seconds_per_rung" else "workers"
+        message = f"asks for {wants}: run it with --executor local or ray, in processes of their own, or leave it out"
         raise FieldError((f"resources.{key}", message))
 
 
@@ -75,16 +76,16 @@ def local_environments(
     elif share is not None and not gpus:
         raise FieldError(("resources.gpus", f"{share:g} of a GPU for each worker, and no GPU is here; leave it out"))
     if share:
-        room = len(gpus) * int(1 / share)
+        room = len(gpus) * times(share, 1.0)
         if asked is not None and asked > room:
-            holds = f"the {_count(len(gpus), 'GPU')} here {'holds' if len(gpus) == 1 else 'hold'}"
-            message = f"{_count(asked, 'worker')} with {share:g} of a GPU each are more than {holds} ({room})"
+            holds = f"the {count(len(gpus), 'GPU')} here {'holds' if len(gpus) == 1 else 'hold'}"
+            message = f"{count(asked, 'worker')} with {share:g} of a GPU each are more than {holds} ({room})"
             raise FieldError(("resources.workers", message))
         workers = asked or room
     else:
         workers = asked or max(1, len(gpus))
     if cpus is not None and workers * cpus > cores:
-        message = f"{cpus:g} for each of {_count(workers, 'worker')} are more than the {_count(cores, 'core')} here"
+        message = f"{cpus:g} for each of {count(workers, 'worker')} are more than the {count(cores, 'core')} here"
         raise FieldError(("resources.cpus", message))
     threads = max(1, int(cpus) if cpus is not None else cores // workers)
     if omp_threads is not None and omp_threads.isdigit() and int(omp_threads) > 0:
@@ -103,11 +104,16 @@ def describe(environments: list[dict[str, str]]) -> str:
     """Of the workers of this machine, as in "4 workers, one a GPU"."""
     workers, threads = len(environments), int(environments[0]["OMP_NUM_THREADS"])
     gpus = len({environment["CUDA_VISIBLE_DEVICES"] for environment in environments} - {""})
-    who = _count(workers, "worker")
+    who = count(workers, "worker")
     if not gpus:
-        return f"{who} with {_count(threads, 'thread')}" + (" each" if workers > 1 else "")
-    return f"{who}, one a GPU" if workers == gpus else f"{who} on {_count(gpus, 'GPU')}"
+        return f"{who} with {count(threads, 'thread')}" + (" each" if workers > 1 else "")
+    return f"{who}, one a GPU" if workers == gpus else f"{who} on {count(gpus, 'GPU')}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def count(number: float, what: str) -> str:
+    return f"{number:g} {what}" if number == 1 else f"{number:g} {what}s"
+
+
+def times(part: float, whole: float) -> int:
+    """How many parts the whole holds, rounding left out."""
+    return int(whole / part + 1e-9)

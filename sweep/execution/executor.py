@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from sweep.execution.worker import let_go
+from sweep.study.errors import NoWorkers, broke_device, in_one_line
 
 
 class Executor(Protocol):
@@ -44,7 +45,7 @@ class InlineExecutor:
             future.set_result(fn(*args))
         except Exception as error:
             let_go(error)  # or what failed for want of memory keeps its own until the retry is over
-            future.set_exception(error)
+            future.set_exception(_of_device(error) if broke_device(error) else error)
         return future
 
     def end(self, future: Future[Any], reason: str) -> None:
@@ -52,3 +53,8 @@ class InlineExecutor:
 
     def shutdown(self) -> None:
         """Nothing to stop."""
+
+
+def _of_device(error: Exception) -> NoWorkers:
+    again = "run the same command again; with --executor local a new process takes over by itself"
+    return NoWorkers(f"the GPU failed and serves this process no more ({in_one_line(error)}): {again}")

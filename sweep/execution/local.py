@@ -12,11 +12,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_ready
 from multiprocessing.process import BaseProcess
@@ -28,6 +30,8 @@ from sweep.study.errors import NoWorkers, WorkerLost
 from sweep.study.lifeline import die_with_parent
 
 SPAWN = multiprocessing.get_context("spawn")
+SECONDS_TO_DIE = 5.0
+MORE = "end other programs, allow more (ulimit -n, ulimit -u) or ask for fewer workers, and run the same command again"
 
 
 @dataclass
@@ -73,7 +77,11 @@ class LocalExecutor:
             self._calls[future] = call
         future.add_done_callback(self._forget)
         # A daemon, which the interpreter does not wait for at its end: it may wait for a worker that waits for us.
-        threading.Thread(target=self._run, args=(future, call), name="worker", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(future, call), name="worker", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            future.set_exception(NoWorkers(f"no worker can be started: {error}; {MORE}"))
         return future
 
     def end(self, future: Future[Any], reason: str) -> None:
@@ -82,23 +90,22 @@ class LocalExecutor:
             if call is not None:
                 call.ended = reason
                 _kill(call.worker)
+                _hang_up(call.worker)
 
     def shutdown(self) -> None:
         with self._lock:
             self._closed = True
             for worker in self.workers:
                 _kill(worker)
+                _hang_up(worker)
             running = list(self._calls)
-        for future in running:
-            future.cancel()  # where an interrupt came before its thread did
-        wait(running)
+        # Those that can be cancelled have no thread: an interrupt came before it.
+        wait([future for future in running if not future.cancel()], 2 * SECONDS_TO_DIE)
         for worker in self.workers:
             _bury(worker)
         atexit.unregister(self.shutdown)
 
     def _run(self, future: Future[Any], call: Call) -> None:
-        # A process that starts from here inherits it: Ctrl-C reaches a whole process group, and the driver decides.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(self._answer(call))
@@ -114,11 +121,14 @@ class LocalExecutor:
                 reply = connection.recv_bytes()
             except (EOFError, OSError):  # what it sent before is lost with it, were it all but the last byte
                 raise self._lost(worker, call) from None
+            value, error = pickle.loads(reply)
             with self._lock:
                 call.worker = None
+                if isinstance(error, WorkerLost):  # its device is of no more use to it
+                    _kill(worker)
+                    _bury(worker)
         finally:
             self._idle.put(worker)
-        value, error = pickle.loads(reply)
         if error is not None:
             raise error
         return value
@@ -134,7 +144,7 @@ class LocalExecutor:
                 try:
                     _start(worker)
                 except OSError as error:
-                    raise NoWorkers(f"no worker process can be started: {error.strerror}") from error
+                    raise NoWorkers(f"no worker process can be started: {error.strerror}; {MORE}") from error
             assert worker.connection is not None
             return worker.connection
 
@@ -163,6 +173,9 @@ def how_it_ended(code: int | None) -> str:
 def _start(worker: Worker) -> None:
     """Raises OSError where the system gives no process."""
     ours, theirs = SPAWN.Pipe()
+    resource_tracker.ensure_running()  # as `start` does, and lets SIGINT through again where that starts one
+    # The process inherits it: Ctrl-C reaches a whole process group, and the driver decides.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process = SPAWN.Process(target=_serve, args=(theirs, dict(worker.environment)), name="sweep worker")
     try:
         process.start()
@@ -182,6 +195,13 @@ def _kill(worker: Worker | None) -> None:
         worker.process.kill()
 
 
+def _hang_up(worker: Worker | None) -> None:
+    """Let nobody wait for a word of one that is being ended: it does not die while it waits for a disk that is gone."""
+    if worker is not None and worker.connection is not None:
+        with suppress(OSError), socket.socket(fileno=os.dup(worker.connection.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)
+
+
 def _is_dead(worker: Worker) -> bool:
     """Told without waiting for it, as `is_alive` would."""
     return worker.process is None or bool(wait_ready([worker.process.sentinel], 0))
@@ -193,7 +213,7 @@ def _bury(worker: Worker) -> int | None:
     if worker.process is not None:
         wait_ready([worker.process.sentinel], 1.0)  # its pipe is closed: it ends by itself, in a way worth telling
         _kill(worker)
-        worker.process.join(5.0)  # one that waits for a disk that is gone does not even die
+        worker.process.join(SECONDS_TO_DIE)  # one that waits for a disk that is gone does not even die
         code = worker.process.exitcode
     if worker.connection is not None:
         worker.connection.close()

@@ -20,18 +20,18 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from sweep import __version__
-from sweep.execution.ray_actor import how_it_ended, last_line, place_actor, settle
+from sweep.execution.choose import count
+from sweep.execution.ray_actor import how_it_ended, last_line, place_actor, read_answer
 from sweep.execution.ray_cluster import Cluster, answers, joined, list_nodes, this_machine
 from sweep.execution.ray_nodes import (
     Node,
     Plan,
-    count,
     count_workers,
     plan_workers,
     refuse_more,
     what_a_worker_needs,
 )
-from sweep.study.errors import NoWorkers, WorkerLost
+from sweep.study.errors import NoWorkers, WorkerLost, in_one_line
 from sweep.study.schema import Resources
 
 SECONDS_TO_START = 30.0  # that the first workers are waited for
@@ -110,7 +110,6 @@ class RayExecutor:
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
         """More than `slots` at once wait for a worker. fn and its arguments are pickled here and now."""
         future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()  # it cannot be cancelled, only ended
         self._todo.put(partial(self._take_in, pickle.dumps((fn, args)), future))
         return future
 
@@ -139,9 +138,9 @@ class RayExecutor:
                     self._handle(cluster)
                     self._give_up(WorkerLost("stopped"))
                 except Exception as error:
-                    self._give_up(error)
+                    self._give_up(_no_workers(error))
         except Exception as error:
-            self._give_up(error)
+            self._give_up(_no_workers(error))
         while not (self._closed.is_set() and self._todo.empty()):
             self._todo.get()()
 
@@ -224,6 +223,7 @@ class RayExecutor:
         while idle and self._waiting:
             worker, call = idle.pop(), self._waiting.popleft()
             worker.call = call
+            call.future.set_running_or_notify_cancel()  # its time begins; nobody cancels it, it is only ended
             self._when_done(worker.actor.run.remote(call.request), partial(self._finished, worker, call))
 
     def _finished(self, worker: Worker, call: Call, done: Future[bytes]) -> None:
@@ -238,8 +238,15 @@ class RayExecutor:
         elif error is not None and not isinstance(error, RayTaskError):
             self._lose(worker, how_it_ended(error, worker.node))
         else:
+            value, found = read_answer(done, worker.node)
+            if isinstance(found, WorkerLost):  # its device is of no more use to it
+                self._lose(worker, str(found))
+                return
             worker.call, worker.used = None, self._now
-            settle(call.future, done)
+            if found is None:
+                call.future.set_result(value)
+            else:
+                call.future.set_exception(found)
 
     def _end(self, future: Future[Any], reason: str) -> None:
         for worker in [worker for worker in self._workers if worker.call and worker.call.future is future]:
@@ -303,6 +310,13 @@ class RayExecutor:
 
     def _when_done(self, reference: Any, then: Callable[[Future[Any]], None]) -> None:
         reference.future().add_done_callback(lambda done: self._todo.put(partial(then, done)))
+
+
+def _no_workers(error: Exception) -> NoWorkers:
+    """Whatever goes wrong in here is no trial's fault."""
+    if isinstance(error, NoWorkers):
+        return error
+    return NoWorkers(f"Ray failed ({in_one_line(error)}): {RUN_AGAIN}")
 
 
 def _take_back_sigterm() -> None:

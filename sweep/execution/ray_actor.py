@@ -11,6 +11,7 @@ from typing import Any
 from sweep import __version__
 from sweep.execution.ray_nodes import Node, Plan, cpus_of_worker
 from sweep.execution.worker import answer
+from sweep.study.errors import FieldError
 
 
 class Actor:
@@ -29,16 +30,16 @@ class Actor:
         return answer(request)
 
 
-def settle(future: Future[Any], done: Future[bytes]) -> None:
-    """End a unit's future in what its worker answered."""
+def read_answer(done: Future[bytes], node: Node) -> tuple[Any, Exception | None]:
+    """What a unit returned, or raised, from its worker's answer. What is wrong with the study is told with the node's
+    address, since it may be wrong there alone: a model or data that this node lacks."""
     try:
         value, error = pickle.loads(done.result())
     except Exception as unreadable:
-        value, error = None, RuntimeError(last_line(unreadable))
-    if error is None:
-        future.set_result(value)
-    else:
-        future.set_exception(error)
+        return None, RuntimeError(last_line(unreadable))
+    if isinstance(error, FieldError):
+        error = FieldError(*[(field, f"{message} (on node {node.address})") for field, message in error.problems])
+    return value, error
 
 
 def place_actor(plan: Plan, node: Node) -> Any:

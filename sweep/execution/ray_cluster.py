@@ -85,6 +85,8 @@ def answers(place: str) -> bool:
 def _own(here: Node) -> Iterator[Cluster]:
     # Set for good: later clusters of this process have the same, and Ray reads some of it only once.
     _default({**ON_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    if here.gpus:  # Ray counts whole GPUs by itself: not the parts of one that is divided
+        _default({"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus())})
     usual = tempfile.gettempdir()
     short = usual if len(usual) < LONGEST_FOLDER - len("/sweep-ray-12345678") else "/tmp"  # noqa: S108 - mkdtemp is safe
     folder = tempfile.mkdtemp(prefix="sweep-ray-", dir=short)

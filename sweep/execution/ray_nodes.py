@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sweep.execution.choose import count, times
 from sweep.study.errors import FieldError
 from sweep.study.schema import Resources
 
@@ -50,9 +51,9 @@ def count_workers(plan: Plan, node: Node) -> int:
     """How many workers the node holds. A worker's share of a GPU lies on one GPU."""
     limits = []
     if plan.gpus:
-        limits.append(int(node.gpus) * _times(plan.gpus, 1.0))
+        limits.append(int(node.gpus) * times(plan.gpus, 1.0))
     if plan.cpus:
-        limits.append(_times(plan.cpus, node.cpus))
+        limits.append(times(plan.cpus, node.cpus))
     return min(limits, default=min(1, int(node.cpus)))
 
 
@@ -78,10 +79,6 @@ def what_a_worker_needs(resources: Resources | None) -> str:
     return "a GPU or a CPU" if gpus is None and cpus is None else _words(gpus, cpus)
 
 
-def count(number: float, what: str) -> str:
-    return f"{number:g} {what}" if number == 1 else f"{number:g} {what}s"
-
-
 def _words(gpus: float | None, cpus: float | None) -> str:
     found = [count(amount, kind) for amount, kind in ((gpus, "GPU"), (cpus, "CPU")) if amount]
     return " and ".join(found) or "a CPU"
@@ -90,9 +87,5 @@ def _words(gpus: float | None, cpus: float | None) -> str:
 def _share(cpus: Sequence[float], workers: int) -> float:
     """The most CPUs that each of so many workers can have; Ray takes whole ones, or ten-thousandths of one."""
     shares = {float(n // k) if n >= k else math.floor(1e4 * n / k) / 1e4 for n in cpus for k in range(1, workers + 1)}
-    fitting = [s for s in shares if s > 0 and sum(_times(s, n) for n in cpus) >= workers]
+    fitting = [s for s in shares if s > 0 and sum(times(s, n) for n in cpus) >= workers]
     return max(fitting, default=1.0)
-
-
-def _times(part: float, whole: float) -> int:
-    return int(whole / part + 1e-9)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from traceback import clear_frames
 
 from sweep.study.arms import Arm
-from sweep.study.errors import in_one_line
+from sweep.study.errors import Told, WorkerLost, broke_device, in_one_line
 from sweep.study.records import Cost, Measurement, Prepared, Setup, StudyForecast, Unit
 
 
@@ -58,20 +58,24 @@ def probe(setup: Setup, prepared: Prepared, arm: Arm) -> Cost:
 
 
 def answer(request: bytes) -> bytes:
-    """Run a pickled (function, arguments) in a worker; returns (its value, None) or (None, what it raised), pickled."""
+    """Run a pickled (function, arguments) in a worker; returns (its value, None) or (None, what it raised), pickled.
+
+    WorkerLost stands for an error after which this process can use its GPU no more: it must get no other unit.
+    """
     try:
         fn, args = pickle.loads(request)
         reply = pickle.dumps((fn(*args), None))
     except BaseException as error:  # a worker lives on, whatever a unit does
         error.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))
         let_go(error)
-        reply = pickle.dumps((None, as_sent(error)))
+        sent = WorkerLost(f"its GPU failed ({in_one_line(error)})") if broke_device(error) else as_sent(error)
+        reply = pickle.dumps((None, sent))
     free_cache()  # another worker, or a probe's process, may share the device
     return reply
 
 
 def as_sent(error: BaseException) -> Exception:
-    """An error as it crosses a process boundary: itself, or a RuntimeError with its line where it cannot.
+    """An error as it crosses a process boundary: itself, or what is told of it where it cannot.
 
     torch's own count as such, since the other side may not have torch, and need not load it.
     """
@@ -79,7 +83,7 @@ def as_sent(error: BaseException) -> Exception:
         with suppress(Exception):  # whatever its own pickling does
             if type(pickle.loads(pickle.dumps(error))) is type(error):
                 return error
-    return RuntimeError(in_one_line(error))
+    return Told(in_one_line(error))
 
 
 def let_go(error: BaseException) -> None:

@@ -27,6 +27,10 @@ class WorkerLost(RuntimeError):
     """The process that ran a unit ended without a result: killed, crashed, its machine gone. Retry the unit."""
 
 
+class Told(RuntimeError):
+    """What came of an error that could not cross a process boundary: its kind and message, in one line."""
+
+
 class NoWorkers(RuntimeError):
     """No worker is left, and none came in time: no trial's fault, and the same command goes on once there are some."""
 
@@ -53,6 +57,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in told)
 
 
+def broke_device(error: BaseException) -> bool:
+    """Whether CUDA will serve the process no more that saw this error: whatever it does there fails like it."""
+    if is_out_of_memory(error):
+        return False
+    return (
+        type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error) or "device-side assert" in str(error)
+    )
+
+
 def was_killed(error: BaseException) -> bool:
     """Whether a process ended without a word (BrokenProcessPool), as the kernel ends one for want of memory."""
     return type(error).__name__ == "BrokenProcessPool"
@@ -61,7 +74,8 @@ def was_killed(error: BaseException) -> bool:
 def in_one_line(error: BaseException) -> str:
     """Its kind and message, at most 500 characters, without anybody's credentials."""
     told = without_credentials(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {told}"[:500].rstrip(": ")
+    kind = "" if isinstance(error, Told) else f"{type(error).__name__}: "
+    return f"{kind}{told}"[:500].rstrip(": ")
 
 
 def first_line(error: BaseException) -> str:

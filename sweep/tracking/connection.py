@@ -57,11 +57,9 @@ def connect(tracking: Tracking) -> MlflowClient:
     url = database_url(tracking.uri)
     if not url.drivername.startswith("sqlite") or url.database in (None, "", ":memory:") or "uri" in url.query:
         return MlflowClient(tracking_uri=tracking.uri)
-    # No pool: its connections would go on writing to a file that somebody has removed.
-    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
     file = Path(str(url.database))
     with locked(Path(f"{file}.lock")):  # two processes that make or migrate one database at once break it
-        if not file.exists() or not file.stat().st_size:  # SQLite makes an empty file of one that was removed
+        if not file.exists():
             _make_database(url, tracking.artifacts)
         return MlflowClient(tracking_uri=tracking.uri)
 

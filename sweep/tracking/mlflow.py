@@ -114,14 +114,20 @@ class Projector:
         while True:
             last = self._finishing.wait(pause)
             began = time.monotonic()
-            try:
-                view = _project(view, self._study, self._folder, self._tracking, self._outcome)
-                self._error = None
-            except Exception as error:  # whatever it was, training goes on and the next projection tries again
-                view, self._error = None, error
+            view = self._try(view)
             if last:
+                if self._error is not None and is_database(self._tracking.uri):
+                    self._try(None)  # a file that was removed since the last time is made anew
                 return
             pause = max(EVERY_S, 10 * (time.monotonic() - began))  # at most a tenth of one core
+
+    def _try(self, view: View | None) -> View | None:
+        """Project; returns what MLflow holds by then. After an error training goes on; the next time tries again."""
+        try:
+            view, self._error = _project(view, self._study, self._folder, self._tracking, self._outcome), None
+        except Exception as error:
+            view, self._error = None, error
+        return view
 
 
 def dashboard_command(home: Home, port: int, host: str = "127.0.0.1", login: bool = False) -> list[str]:

@@ -34,6 +34,7 @@ from sweep.training.forgetting import (
     text_losses,
 )
 from sweep.training.full import start_full
+from sweep.training.inputs import refuse_other_inputs
 from sweep.training.locate import ModelPlace
 from sweep.training.scratch import find_base
 from sweep.training.source_text import load_source_text
@@ -107,6 +108,7 @@ def train_rung(unit: Unit) -> tuple[Measurement, ...]:
     began = time.perf_counter()
     setup = unit.setup
     data = tokenised(setup)
+    refuse_other_inputs(setup, unit.prepared, data, located(setup))
     try_place(unit.trials[0])
     order = pack_order([_modules_and_rank(trial) for trial in unit.trials])
     trials = [unit.trials[i] for i in order]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -73,8 +74,7 @@ def _pretrained(setup: Setup, settings: PretrainSettings) -> ModelPlace:
     key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:32]
     folder, digests = Path(setup.cache) / f"base-{key}", Path(setup.cache) / f"base-{key}.json"
     if not folder.exists() or read_json(digests) != _digests(folder):
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = folder.with_name(f"{folder.name}.{uuid4().hex}.tmp")  # process ids repeat on a share
         aside.mkdir(parents=True)
         try:
             _write_processor(config, settings, aside)

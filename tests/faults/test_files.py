@@ -226,7 +226,8 @@ class TestJournals:
         case="a byte of the study's journal flips",
         happens="found by the line's checksum; the command says what the line told, and which command removes it where "
         "that can be found out again: costs are measured again, finalists chosen again from the same search",
-        lost="what the line told, said in one line; exit 1",
+        lost="what the line told, said in one line, exit 1; without the line on model and data the study, unless there "
+        "is a backup",
     )
     def test_the_advice_for_a_studys_journal_is_right(self, home: Home, done: Home) -> None:
         run(home, STUDY)

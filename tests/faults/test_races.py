@@ -193,7 +193,8 @@ def test_a_driver_killed_between_two_writes(
     happens="the rung's results are kept, exit 130; the same command goes on",
     lost="nothing but the rung in training",
 )
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ctrl_c_and_sigterm_at_any_moment(tmp_path: Path, done: Home, seed: int) -> None:
     home, chance, options = Home(tmp_path / "home"), random.Random(seed), Options(seconds=0.03)
     words = command(tmp_path, home)

@@ -12,8 +12,6 @@ import pytest
 from driving import journal_view, optuna_view, records_of, trials_of, undisturbed
 from fakes import make_study
 from soak import FAULTS, Soak, soak_through
-from test_kill import command, curves, environment, record_of
-from test_kill import run as run_command
 
 from sweep.study.home import Home
 from sweep.tracking.journal import StudyRecord
@@ -68,33 +66,5 @@ def test_a_study_finds_the_same_whatever_200_random_faults_break(tmp_path: Path,
         record = whole_soak(soak, 25, seed)
         assert journal_view(record)[:1] == journal_view(records_of(calm, make_study()))[:1]
         assert search_view(home) == search_view(calm)
-        print(seed, dict(soak.came))
-        came, seed = came + soak.came.total(), seed + 1
-
-
-@pytest.mark.slow
-@pytest.mark.fault(
-    case="20 random faults, one after another, on a study that trains MiniLM in two worker processes",
-    happens="each study is taken up until it is done; a seed repeats the faults",
-    lost="nothing",
-)
-def test_a_real_study_has_the_same_losses_whatever_20_random_faults_break(tmp_path: Path) -> None:
-    calm = tmp_path / "calm"
-    undisturbed_run = run_command(calm, tmp_path)
-    assert undisturbed_run.returncode == 0, undisturbed_run.stderr
-    expected = curves(record_of(calm))
-    came, seed = 0, SEED
-    while came < 20:
-        home = Home(tmp_path / str(seed))
-        words = [*command(home.root), "--executor", "local", "--set", "resources.workers=2"]
-        soak = Soak(
-            words, home.study("quickstart"), environment(), tmp_path / f"{seed}.log", random.Random(seed), cwd=tmp_path
-        )
-        record = whole_soak(soak, 20 - came, seed)
-        found = curves(record)
-        assert found.keys() == expected.keys()
-        for number, (*what, curve) in expected.items():
-            assert list(found[number][:-1]) == what
-            assert [loss for _, loss in found[number][-1]] == pytest.approx([loss for _, loss in curve], abs=1e-5)
         print(seed, dict(soak.came))
         came, seed = came + soak.came.total(), seed + 1

@@ -21,6 +21,7 @@ import pytest
 from disks import fill
 from disks import small_disk as small_disk
 from driving import Threads, journal_view, optuna_view, records_of, undisturbed
+from fake_sweep import Options
 from fakes import fake_work, make_study, train_rung
 from postgres import PASSWORD, Postgres
 from postgres import database as database
@@ -211,7 +212,8 @@ class TestPostgresAway:
         check_undisturbed(home, database, done)
 
     def test_ctrl_c_ends_the_wait_at_once(self, tmp_path: Path, home: Home, database: str, postgres: Postgres) -> None:
-        process = fake_sweep.start({"seconds": 0.1, "patience": 600}, *command(tmp_path, home, database), cwd=tmp_path)
+        slowly: Options = {"seconds": 0.1, "patience": 7200, "pause": 3600}
+        process = fake_sweep.start(slowly, *command(tmp_path, home, database), cwd=tmp_path)
         try:
             wait_for_rungs(home, 3, process)
             postgres.stop()
@@ -342,9 +344,21 @@ class TestSqlite:
         check_undisturbed(home, url, done)
 
     @pytest.mark.fault(
+        case="optuna.db removed while a study runs",
+        happens="one line, exit 1; the same command makes it anew from the journals",
+        lost="nothing measured; of other studies in the file, those that are complete are no longer in Optuna",
+    )
+    def test_a_removed_file(self, home: Home, done: Home) -> None:
+        with pytest.raises(StorageError) as caught:
+            run(home, home.optuna_url, at_unit(12, (home.root / "optuna.db").unlink))
+        check_one_line(caught.value, "was removed while the study ran", "makes it anew from the journals")
+        run(home, home.optuna_url)
+        check_undisturbed(home, home.optuna_url, done)
+
+    @pytest.mark.fault(
         case="optuna.db truncated, or bytes of it flipped",
         happens="one line that says to move the file away, exit 1; the same command makes it anew from the journals",
-        lost=NOTHING,
+        lost="nothing measured; of other studies in the file, those that are complete are no longer in Optuna",
     )
     @pytest.mark.parametrize("damage", ["truncated", "no header", "flipped 0", "flipped 1", "flipped 2"])
     def test_a_damaged_file_is_made_anew_from_the_journals(self, home: Home, done: Home, damage: str) -> None:

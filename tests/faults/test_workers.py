@@ -94,11 +94,11 @@ def record_of(soak: Soak) -> StudyRecord:
     return read_study_record(soak.folder)
 
 
-def finish(soak: Soak, seconds: float = 400) -> tuple[int, str]:
+def finish(soak: Soak, seconds: float = 900) -> tuple[int, str]:
     assert soak.driver is not None
     code = soak.driver.wait(seconds)
     soak.wait_gone()
-    return code, soak.log.read_text()
+    return code, soak.log.read_text().replace(" \n", " ")  # as it was before the console broke its lines
 
 
 def wait_while_it_runs(soak: Soak, holds: Callable[[], object], what: str) -> None:
@@ -291,13 +291,13 @@ def test_out_of_memory_in_one_trial_of_a_pack_spares_the_others(tmp_path: Path, 
     lost="nothing",
 )
 def test_a_hung_worker_is_ended_and_its_pack_trained_again(tmp_path: Path, tiny: Path) -> None:
-    with running(tmp_path, command(tiny, *LOCAL, "--set", "resources.seconds_per_rung=30")) as soak:
+    with running(tmp_path, command(tiny, *LOCAL, "--set", "resources.seconds_per_rung=60")) as soak:
         wait_for_results(soak, 1)
         for pid in trainers(soak):
             os.kill(pid, signal.SIGSTOP)
         code, log = finish(soak)
     assert code == 0, log
-    assert "was lost, and another tries again: did nothing for 30 s" in log
+    assert "was lost, and another tries again: did nothing for 60 s" in log
     assert {trial.state for trial in record_of(soak).trials} <= {COMPLETE, PRUNED}
 
 
