@@ -188,6 +188,25 @@ def test_a_command_that_fails_tells_no_secret(
     assert spilled(tmp_path) == []
 
 
+@pytest.mark.parametrize("debug", ["", "1"], ids=["", "debug"])
+def test_an_error_that_nobody_foresaw_tells_no_secret(
+    debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        try:
+            raise OSError(f"no route to sftp://me:{PASSWORD}@h/x")
+        except OSError as error:
+            raise RuntimeError(f"password={CANARY}\nat https://me:{PASSWORD}@h/x") from error
+
+    monkeypatch.setattr("sweep.cli.signal.signal", lambda number, handler: None)  # pytest's own stay
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setenv("SWEEP_DEBUG", debug)
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().err
+    assert CANARY not in said and ("sftp://h/x" in said) == bool(debug)
+
+
 def spilled(place: Path) -> list[str]:
     """Files below that hold a canary, study.yaml as the test wrote it aside."""
     files = [path for path in place.rglob("*") if path.is_file()]

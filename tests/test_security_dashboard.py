@@ -153,6 +153,7 @@ def test_on_this_machine_alone_no_password_is_asked_and_nobody_else_is_served(lo
     }
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_person_who_knows_the_password_finds_the_trials(browser: webdriver.Chrome, beyond: Running) -> None:
     place, page = f"{outer_address()}:{beyond.port}", beyond.address.partition("/#/")[2]
