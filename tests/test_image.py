@@ -57,7 +57,7 @@ def test_the_image_has_the_pinned_versions_and_a_python_that_suits_them() -> Non
     assert version and version[1] in SpecifierSet(project["requires-python"])
     assert f"on Python {version[1].rpartition('.')[0]}." in (ROOT / "constraints.txt").read_text()
     installs = [rest for rest in given("RUN") if "pip install" in rest]
-    assert len(installs) == 3 and not any("==" in rest for rest in installs)
+    assert len(installs) == 4 and not any("==" in rest for rest in installs)
     before = instructions()[: instructions().index(("RUN", installs[0]))]
     assert ("COPY", "constraints.txt ./") in before
     assert ("WORKDIR", "/build") in before and "PIP_CONSTRAINT=/build/constraints.txt" in before[1][1]

@@ -135,10 +135,14 @@ def wait_for(holds: Any, what: str, seconds: float = 60.0) -> None:
 
 
 def is_alive(number: int) -> bool:
-    """Whether a process of this id runs; one that has ended and waits to be told of does not."""
+    """Whether a process of this id runs; one that has ended and waits to be told of does not.
+
+    Its first thread may have ended before its others, which hold its files until then.
+    """
     try:
-        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
+        state = Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state not in "ZX" or len(os.listdir(f"/proc/{number}/task")) > 1
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
