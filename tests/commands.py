@@ -20,5 +20,5 @@ def sweep(*words: str, cwd: Path, typed: str = "", **environment: str) -> subpro
         input=typed,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )

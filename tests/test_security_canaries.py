@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ from servers import free_port, running
 from tiny_texts import save_tiny_llama, write_lines
 
 from sweep import cli
+from sweep.driver.driver import run_study
 from sweep.driver.question import refuse_other_question, write_question
 from sweep.study.credentials import CUT, kept_address, without_credentials
 from sweep.study.file import read_study
@@ -177,7 +179,7 @@ def test_a_command_that_fails_tells_no_secret(
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sweep.cli.signal.signal", lambda number, handler: None)  # pytest's own stay
-    monkeypatch.setattr("sweep.driver.patience.PATIENCE_S", 0.5)
+    monkeypatch.setattr("sweep.driver.driver.run_study", partial(run_study, patience_s=0.5))
     monkeypatch.setattr(sys, "argv", ["sweep", *words, "--home", str(tmp_path / "home")])
     with pytest.raises(SystemExit) as ended:
         cli.main()

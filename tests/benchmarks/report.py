@@ -1,4 +1,4 @@
-"""From raw figures to a page: reads steps.json, search.json and gpu.json in a folder, writes README.md beside them.
+"""From raw figures to a page: reads steps, search, gpu and scale.json in a folder, writes README.md beside them.
 
     python -m tests.benchmarks.report [--in DIR] [--out DIR]
 
@@ -17,12 +17,14 @@ from pathlib import Path
 from .crossover import write_cells, write_crossover
 from .gpu_tables import gpu_markdown
 from .records import read_results
+from .scale_records import read_scale
+from .scale_tables import scale_markdown
 from .search_tables import search_markdown
 from .summary import cells
 from .tables import losses, source, steps_markdown
 
-STEPS, SEARCH, GPU = "steps.json", "search.json", "gpu.json"
-COMMANDS = {name: f"python -m tests.benchmarks.{name.removesuffix('.json')}" for name in (STEPS, SEARCH, GPU)}
+STEPS, SEARCH, GPU, SCALE = "steps.json", "search.json", "gpu.json", "scale.json"
+COMMANDS = {name: f"python -m tests.benchmarks.{name.removesuffix('.json')}" for name in (STEPS, SEARCH, GPU, SCALE)}
 INTRODUCTION = """# Benchmarks
 
 The same work side by side: (a) our packs; (b) the incumbent, Optuna + PEFT + Hugging Face Trainer in one process, in
@@ -45,8 +47,8 @@ def main(words: Sequence[str]) -> None:
 def write_report(figures: Path, out: Path) -> Path:
     """The page about the raw figures in a folder. Returns its path."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION, _steps(figures, out), _search(figures, out), _gpu(figures)]
-    for name in (STEPS, SEARCH, GPU):
+    parts = [INTRODUCTION, _steps(figures, out), _search(figures, out), _gpu(figures), _scale(figures)]
+    for name in (STEPS, SEARCH, GPU, SCALE):
         if figures != out and (figures / name).exists():
             shutil.copy(figures / name, out / name)
     page = out / "README.md"
@@ -86,6 +88,12 @@ def _gpu(figures: Path) -> str:
     if not (figures / GPU).exists():
         return _not_run("## On a GPU", GPU)
     return "## On a GPU\n\n" + gpu_markdown(json.loads((figures / GPU).read_text()))
+
+
+def _scale(figures: Path) -> str:
+    if not (figures / SCALE).exists():
+        return _not_run("## Thousands of trials", SCALE)
+    return "## Thousands of trials\n\n" + scale_markdown(read_scale(figures / SCALE))
 
 
 def _not_run(title: str, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import contenders, steps
+from . import contenders, scale, scale_parts, scale_records, scale_tables, steps
 from .peft_loop import DEFAULT, Mode
 from .records import (
     BARE,
@@ -129,3 +129,25 @@ def hand_made(ours: dict[int, float], bare: float, trainer: float) -> Results:
 
 def nowhere() -> Provenance:
     return Provenance("python -m tests.benchmarks.steps", "a machine", {"torch": "0"}, "today")
+
+
+def test_the_smallest_study_of_scale_runs_and_its_goals_are_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(scale_parts, "WORKERS", 2)
+    monkeypatch.setattr(scale_parts, "PRODUCTS", 1)
+    monkeypatch.setattr(scale, "SECONDS_A_PACK", (0.0,))
+    found = scale.main(["--trials", "40", "--repeats", "1", "--out", str(tmp_path)])
+    assert scale_records.read_scale(tmp_path / "scale.json") == found
+    assert [run.trials for run in found.driven] == [40] and len(found.driven[0].driver_cpu_ms) == 5
+    assert [run.points for run in found.tracked] == [0, (40 + 10) * scale_parts.POINTS]  # a finalist for each rank
+    page = write_report(tmp_path, tmp_path).read_text()
+    assert "5,000 training losses" in page and f"The report on {found.reported[0].trials} trials" in page
+
+
+def test_overhead_is_what_a_driver_of_no_time_would_save() -> None:
+    """21 packs over 4 workers are six rounds of 2 s."""
+    driven = scale_records.Driven(0, 105, 4, 5, 2.0, 12.525, (1.0,) * 5)
+    assert driven.ideal_s == 12.0 and driven.overhead_ms == pytest.approx(5.0)
+    tables = scale_tables.scale_markdown(scale_records.Scale(Provenance("c", "m", {}, "d"), [driven]))
+    assert "5.0 (5.0): **missed**" in tables and "MLflow has not been measured" in tables
