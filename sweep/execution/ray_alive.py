@@ -14,7 +14,7 @@ SECONDS = 5  # for the head to answer
 
 def is_alive(head: str, addresses: Collection[str]) -> bool:
     """Whether the head at HOST:PORT knows of a living node there. Raises what Ray raises where it does not answer."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     nodes = GcsClient(address=head).get_all_node_info(timeout=SECONDS).values()
     return any(node.node_manager_address in addresses and node.state == node.ALIVE for node in nodes)
