@@ -36,6 +36,13 @@ install_torch() {
         || .venv/bin/pip install -q "torch==$TORCH"
 }
 
+# The tests start servers of their own: PostgreSQL's package is to make no database and start nothing. Usage: [sudo …]
+without_a_server() {
+    local config=/etc/postgresql-common/createcluster.conf
+    grep -Eqs '^ *create_main_cluster' "$config" && return
+    "$@" mkdir -p "${config%/*}" && echo 'create_main_cluster = false' | "$@" tee -a "$config" >/dev/null
+}
+
 install_for_tests() {
     local missing=() root=()
     command -v chromedriver >/dev/null && command -v chromium >/dev/null || missing+=(chromium chromium-driver)
@@ -44,6 +51,7 @@ install_for_tests() {
     [ "$(id -u)" = 0 ] || root=(sudo -n)
     if command -v apt-get >/dev/null && "${root[@]}" true 2>/dev/null; then
         "${root[@]}" apt-get update -qq \
+            && { [[ ${missing[*]} != *postgresql* ]] || without_a_server "${root[@]}"; } \
             && "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
                 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null && return
     fi

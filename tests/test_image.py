@@ -138,9 +138,10 @@ def linux_cuda() -> set[str]:
 def programs_of(service: dict[str, Any]) -> set[str]:
     """The first words of a service's entrypoint, command and check, and of the commands that its shell runs."""
     check = service.get("healthcheck", {}).get("test", [])[1:]
-    found = {words[0] for words in (service.get("entrypoint"), service.get("command"), check) if words}
-    if "sh" in found:
-        words = list(shlex.shlex(service["entrypoint"][2], posix=True, punctuation_chars=";"))
+    commands = [words for words in (service.get("entrypoint"), service.get("command"), check) if words]
+    found = {words[0] for words in commands}
+    for _, _, script in (words[:3] for words in commands if words[0] == "sh"):
+        words = list(shlex.shlex(script, posix=True, punctuation_chars=";"))
         found |= {word for before, word in zip([";", *words], words, strict=False) if before == ";"} - {"exec"}
     return found
 

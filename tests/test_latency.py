@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,14 @@ def test_every_variant_is_timed_in_every_turn_at_every_size(ran: tuple[Study, St
     write_analysis(record.folder, "latency", found)
     assert all(len(row.cells) == 6 for row in times_table(found).rows)
     assert [row.cells[-1].text == "–" for row in times_table(found).rows] == [True, True, False, False]
+
+
+def test_the_versions_told_are_those_of_the_process_that_timed(ran: tuple[Study, StudyRecord, Home]) -> None:
+    study, record, home = ran
+    assert record.prepared is not None
+    trained = replace(record, prepared=replace(record.prepared, versions={"torch": "0.1+of.workers"}))
+    found = measure_latency(study, trained, home.cache, Latency(batch_sizes=[1], lengths=[4], repeats=5))
+    assert found["versions"]["torch"] == version("torch")
 
 
 def test_what_cannot_be_timed_is_refused(ran: tuple[Study, StudyRecord, Home], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from synthetic import SESSION, quickstart, write_study
 
 import sweep as package
 from sweep.driver.provenance import describe_session, find_commit, shown_command
+from sweep.report.provenance import provenance_facts
 from sweep.report.report import write_report
 from sweep.study.credentials import without_credentials
 from sweep.tracking.journal import append, read_events, read_study_record
@@ -131,6 +133,34 @@ def test_every_different_session_is_told_and_nothing_secret_is(tmp_path: Path) -
             assert says in text
     for path in (tmp_path / "out").rglob("*.*"):
         assert CANARY.encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("device", "torch", "gpus", "told"),
+    [
+        ("cpu", "2.13.0", [], None),
+        ("cpu", "2.13.0", ["NVIDIA H100, 81559 MiB, 550.54.15"], None),
+        ("NVIDIA H100", "2.13.0", ["NVIDIA H100, 81559 MiB, 550.54.15"], None),
+        ("NVIDIA H100", "2.13.0+cpu", [], "NVIDIA H100, with torch 2.13.0"),
+        ("NVIDIA H100", "2.13.0", [], "NVIDIA H100"),
+        ("cpu", "2.12.0", [], "cpu, with torch 2.13.0"),
+    ],
+)
+def test_workers_elsewhere_are_told_of_beside_the_command(
+    tmp_path: Path, device: str, torch: str, gpus: list[str], told: str | None
+) -> None:
+    study = quickstart()
+    record = write_study(tmp_path / "home", study)
+    assert record.prepared is not None and record.prepared.versions["torch"] == "2.13.0"
+    session = {
+        "versions": {"python": "3.11.9", "torch": torch},
+        "hardware": {"cpu": "EPYC", "cores": 2, "memory_bytes": 2**34, "gpus": gpus},
+    }
+    changed = replace(record, prepared=replace(record.prepared, device=device), provenance=(session,))
+    facts = dict(provenance_facts(study, [changed]))
+    assert facts.get("Trained on") == told and f"torch {torch}," in facts["Versions"]
+    later = replace(changed, provenance=(session, {"versions": {"torch": "2.13.0"}}))
+    assert "Trained on" not in dict(provenance_facts(study, [later])), "a session of the command had the same"
 
 
 def test_what_older_journals_lack_is_said_to_be_lacking(tmp_path: Path) -> None:

@@ -135,25 +135,59 @@ def test_nodes_without_this_lora_sweep_are_told_of_before_patience_is_lost(
 
 @pytest.mark.slow
 def test_a_cluster_of_ones_own_listens_on_this_machine_alone_and_leaves_nothing(tmp_path: Path) -> None:
-    command = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, '{"workers": 2}', "", "__import__('os').environ['OMP_NUM_THREADS']"],
-        env=outsider(TMPDIR=str(tmp_path), HOME=str(tmp_path)),
+    command = own_cluster(tmp_path, '{"workers": 2}', "__import__('os').environ['OMP_NUM_THREADS']")
+    assert command.stdout is not None
+    assert command.stdout.readline() == "2 workers on 1 Ray node\n" and command.stdout.readline() == "1\n"
+    family = family_of(command)
+    open_to = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert open_to and open_to <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    folder = folder_of(family)
+    assert folder.exists()
+    assert command.communicate("\n", timeout=60) == ("", None) and command.returncode == 0
+    soon(lambda: not any(is_alive(process.pid) for process in family), 20)
+    assert not folder.exists()
+    assert not list(tmp_path.rglob("*")), "neither a token nor logs"
+
+
+@pytest.mark.slow
+def test_what_a_killed_driver_left_of_its_own_cluster_goes_with_the_next(tmp_path: Path) -> None:
+    killed, alive = (own_cluster(tmp_path, "{}", "0") for _ in range(2))
+    for command in (killed, alive):
+        assert command.stdout is not None
+        assert command.stdout.readline() == "1 worker on 1 Ray node\n" and command.stdout.readline() == "0\n"
+    family = family_of(killed)
+    folder, other = folder_of(family), folder_of(family_of(alive))
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert folder.exists()
+    assert driver("", TMPDIR=str(tmp_path), HOME=str(tmp_path)) == "1 worker on 1 Ray node\n0\n"
+    assert not folder.exists() and other.exists()
+    assert alive.communicate("\n", timeout=60) == ("", None) and alive.returncode == 0
+    assert not other.exists()
+    for agent in [process for process in family if process.is_running()]:  # Ray's, which take a minute to see it
+        agent.kill()
+
+
+def own_cluster(root: Path, asked: str, unit: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, asked, "", unit],
+        env=outsider(TMPDIR=str(root), HOME=str(root)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert command.stdout is not None
-    assert command.stdout.readline() == "2 workers on 1 Ray node\n" and command.stdout.readline() == "1\n"
-    family = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
-    open_to = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert open_to and open_to <= {"127.0.0.1", "::ffff:127.0.0.1"}
-    folders = {Path(word.split("=")[1]) for p in family for word in p.cmdline() if word.startswith("--session-dir=")}
-    assert folders and all(folder.exists() for folder in folders)
-    assert command.communicate("\n", timeout=60) == ("", None) and command.returncode == 0
-    soon(lambda: not any(is_alive(process.pid) for process in family), 20)
-    assert not any(folder.parent.exists() for folder in folders)
-    assert not list(tmp_path.rglob("*")), "neither a token nor logs"
+
+
+def family_of(command: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
+
+
+def folder_of(family: list[psutil.Process]) -> Path:
+    """All that a cluster of one's own writes is in it."""
+    sessions = {word.split("=")[1] for p in family for word in p.cmdline() if word.startswith("--session-dir=")}
+    (folder,) = {next(p for p in Path(session).parents if p.name.startswith("sweep-ray-")) for session in sessions}
+    return folder
 
 
 def test_a_cluster_of_ones_own_that_would_be_too_small_is_not_even_started() -> None:

@@ -18,7 +18,7 @@ from test_export import run_trials, trial_of
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from sweep.adapters.export import _our_logits, _weights_of, export, few_rows
-from sweep.driver.takeup import refuse_other_inputs
+from sweep.driver.takeup import refuse_changed_inputs
 from sweep.execution.executor import InlineExecutor
 from sweep.execution.worker import Work
 from sweep.report.statistics import find
@@ -148,7 +148,7 @@ def test_a_lost_base_or_other_images_are_seen_when_a_study_goes_on(shades: Path,
     def go_on() -> None:
         located.cache_clear()
         tokenised.cache_clear()
-        refuse_other_inputs(executor, Work(), setup, prepared)
+        refuse_changed_inputs(executor, Work(), setup, prepared)
 
     shutil.rmtree(find_base(setup).path)
     go_on()  # made again, the same

@@ -26,11 +26,16 @@ from servers import free_port
 
 MARK = "UNBOXED"  # in the environment of every process of a box: what an engine knows by its control group
 PGDATA = "/var/lib/postgresql/data"
-# Its own address, which an engine lets Ray find out: here it would take one that the outside can reach.
-SHIM = """#!/bin/sh
+# Its own address, which in a container programs find out: here they would take one that the outside can reach.
+SHIMS = {
+    "ray": """#!/bin/sh
 [ "$1" = start ] && shift && exec {ray} start --node-ip-address={address} "$@"
 exec {ray} "$@"
-"""
+""",
+    "hostname": """#!/bin/sh
+[ "$*" = -i ] && echo {address}
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -115,16 +120,18 @@ def wait_healthy(box: Box, first: subprocess.Popen[bytes] | None = None) -> None
     check = box.service["healthcheck"]
     allowed = _seconds(check["start_period"]) + check["retries"] * _seconds(check["interval"])
     deadline = time.monotonic() + allowed
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            found = subprocess.run(
-                box.health, env=dict(box.env), capture_output=True, check=False, timeout=_seconds(check["timeout"])
-            )
-            if found.returncode == 0:
-                return
+    while not is_healthy(box):
         alive = first is None or first.poll() is None
         assert alive and time.monotonic() < deadline, f"{box.name} is not healthy:\n{box.log.read_text()[-4000:]}"
         time.sleep(0.5)
+
+
+def is_healthy(box: Box) -> bool:
+    """What the service's own health check says, now."""
+    seconds = _seconds(box.service["healthcheck"]["timeout"])
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(box.health, env=dict(box.env), capture_output=True, timeout=seconds).returncode == 0
+    return False
 
 
 def processes_in(box: Box) -> list[psutil.Process]:
@@ -234,8 +241,9 @@ def _environment(folder: Path, address: str, own: Mapping[str, str]) -> dict[str
     programs = folder / "bin"
     programs.mkdir(parents=True)
     venv = Path(sys.executable).parent
-    (programs / "ray").write_text(SHIM.format(ray=venv / "ray", address=address))
-    (programs / "ray").chmod(0o755)
+    for name, text in SHIMS.items():
+        (programs / name).write_text(text.format(ray=venv / "ray", address=address))
+        (programs / name).chmod(0o755)
     path = [programs, venv, find_binaries(), "/usr/bin", "/bin"]
     passed = {name: os.environ[name] for name in ("PYTHONPATH", "HF_HUB_OFFLINE") if name in os.environ}
     return {

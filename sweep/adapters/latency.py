@@ -30,7 +30,7 @@ from sweep.study.records import COMPLETE
 from sweep.study.schema import Latency, Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 from sweep.training.base import Base, adapter_of, find_device, target_layers
-from sweep.training.prepare import device_name
+from sweep.training.prepare import device_name, library_versions
 from sweep.training.rung import base_for
 from sweep.training.tasks import CAUSAL_LM, CLASSIFICATION
 
@@ -99,7 +99,7 @@ def measure_latency(
         "precision": precision,
         "attention": prepared.attention,
         "device": device_name(find_device()),
-        "versions": prepared.versions,
+        "versions": library_versions(),
         "repeats": asked.repeats,
         "ranks": {arm.name: arm.r for arm in trials},
         "variants": [{"name": v.name, "kind": v.kind, "arms": list(v.arms)} for v in every.values()],

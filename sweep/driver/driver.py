@@ -18,7 +18,7 @@ from sweep.driver.pricing import SECONDS_TO_PROBE, forecast_lines, priced, secon
 from sweep.driver.progress import Progress, is_complete, snapshot, start_tally, unmeasured
 from sweep.driver.question import Busy, QuestionChanged, hold_lock, name_holder, refuse_other_question
 from sweep.driver.session import Session, warn
-from sweep.driver.takeup import refuse_other_inputs, take_up
+from sweep.driver.takeup import refuse_changed_inputs, take_up
 from sweep.execution.executor import Executor
 from sweep.execution.worker import Work
 from sweep.report.truncation import truncation_lines
@@ -62,7 +62,7 @@ def run_study(
         name_holder(lock)
         setup = study.setup(str(cache))
         if known.prepared is not None:
-            refuse_other_inputs(executor, work, setup, known.prepared, seconds_aside(study))
+            refuse_changed_inputs(executor, work, setup, known.prepared, seconds_aside(study))
         patience = Patience(storage_url, patience_s)
         session = begin(study, folder, executor, work, setup, known, checkpoints, patience, listen)
         take_up(session)

@@ -23,7 +23,7 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import TrialRecord
 
 
-def refuse_other_inputs(
+def refuse_changed_inputs(
     executor: Executor, work: Work, setup: Setup, prepared: Prepared, seconds: float | None = None
 ) -> None:
     """Raise FieldError where data or model are not those that the study began with, or cannot be read any more."""

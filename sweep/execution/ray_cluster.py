@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 from sweep.execution.devices import visible_gpus
 from sweep.execution.ray_nodes import Node
 from sweep.study.errors import NoWorkers
+from sweep.study.lifeline import temporary_folder
 
 OBJECT_STORE_BYTES = 100 * 2**20  # units and measurements are small; tensors stay in files
 SECONDS_TO_ANSWER = 5
@@ -89,22 +89,21 @@ def _own(here: Node) -> Iterator[Cluster]:
     if here.gpus:  # Ray counts whole GPUs by itself: not the parts of one that is divided
         _default({"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus())})
     usual = tempfile.gettempdir()
-    short = usual if len(usual) < LONGEST_FOLDER - len("/sweep-ray-12345678") else "/tmp"  # noqa: S108 - mkdtemp is safe
-    folder = tempfile.mkdtemp(prefix="sweep-ray-", dir=short)
-    try:
-        with _connected(
+    short = usual if len(usual) < LONGEST_FOLDER - len("/sweep-ray-12345678/in") else "/tmp"  # noqa: S108 - a new folder
+    with (
+        temporary_folder("sweep-ray-", short) as folder,
+        _connected(
             "no Ray starts on this machine",
             address="local",
             _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
+            _temp_dir=str(folder),
             num_cpus=int(here.cpus),
             num_gpus=int(here.gpus),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-        ) as context:
-            yield Cluster(context.gcs_address, context.get_node_id())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        ) as context,
+    ):
+        yield Cluster(context.gcs_address, context.get_node_id())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def provenance_facts(study: Study, records: Sequence[StudyRecord]) -> list[tuple
     sessions = [session for record in records for session in record.provenance]
     prepared = [record.prepared for record in records if record.prepared is not None]
     versions = [
-        {**session.get("versions", {}), **(record.prepared.versions if record.prepared else {})}
+        {**(record.prepared.versions if record.prepared else {}), **session.get("versions", {})}
         for record in records
         for session in record.provenance or [{}]
     ]
@@ -33,6 +33,7 @@ def provenance_facts(study: Study, records: Sequence[StudyRecord]) -> list[tuple
             _each(sessions, lambda s: s.get("commit", "") or ("" if "hardware" not in s else "none: installed")),
         ),
         ("Versions", _told(_list_versions(v) for v in versions)),
+        *([("Trained on", _told(elsewhere))] if (elsewhere := list(filter(None, map(_elsewhere, records)))) else []),
         ("Hardware", _each(sessions, lambda s: _hardware(s.get("hardware", {})))),
         ("Operating system", _each(sessions, lambda s: s.get("system", ""))),
         ("Seeds", _seeds(study)),
@@ -53,6 +54,23 @@ def _told(values: Any) -> str:
 
 def _list_versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+
+
+def _elsewhere(record: StudyRecord) -> str:
+    """Device and versions of the worker that prepared the study, where no session's own machine can have been it."""
+    prepared = record.prepared
+    if prepared is None:
+        return ""
+    on_cpu, differing = prepared.device.startswith("cpu"), []
+    for session in record.provenance:
+        its, hardware = session.get("versions", {}), session.get("hardware")
+        others = {name: v for name, v in prepared.versions.items() if its.get(name, v) != v}
+        if not others and (on_cpu or hardware is None or hardware.get("gpus")):
+            return ""
+        differing.append(others)
+    if not differing:
+        return ""
+    return prepared.device + (f", with {_list_versions(differing[0])}" if differing[0] else "")
 
 
 def _hardware(hardware: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,11 +20,13 @@ from typing import Any
 from uuid import uuid4
 
 from sweep.study.errors import Damaged
+from sweep.study.lifeline import temporary_folder
 from sweep.study.records import Saved, TrialSpec
 from sweep.tracking import remote
 
 FOLDER, INFO = "checkpoints", "checkpoint.json"
 WEIGHTS, OPTIMIZER, TEST_ROWS = "weights.safetensors", "optimizer.safetensors", "test-rows.safetensors"
+TEMPORARY = "sweep-checkpoint-"  # beginning of the folders of what goes to a URL, or comes from one
 _NAME = re.compile(rf"{FOLDER}/\d+-[0-9a-f]{{8}}")
 _FILE = re.compile(r"\w[\w-]*\.safetensors")
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # of a disk that cannot read it any more too
@@ -39,7 +40,7 @@ def save(trial: TrialSpec, step: int, info: dict[str, Any], write: Callable[[Pat
     name, place = f"{FOLDER}/{step}-{uuid4().hex[:8]}", trial.place or trial.folder
     with ExitStack() as stack:
         if remote.is_url(place):
-            half = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sweep-")))
+            half = stack.enter_context(temporary_folder(TEMPORARY))
         else:
             is_first = not Path(place, FOLDER).exists()
             half = Path(place, FOLDER, f".tmp-{uuid4().hex}")  # no process id: those of two machines may be the same
@@ -72,7 +73,7 @@ def opened(trial: TrialSpec, saved: Saved, names: Sequence[str]) -> Iterator[Pat
     with ExitStack() as stack:
         folder = Path(place, saved.name)
         if remote.is_url(place):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sweep-")))
+            folder = stack.enter_context(temporary_folder(TEMPORARY))
             remote.download(f"{place}/{saved.name}", [INFO, *names], folder)
         _verify(trial, saved, names, folder)
         yield folder

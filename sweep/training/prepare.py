@@ -73,7 +73,7 @@ def prepare(setup: Setup, arms: tuple[Arm, ...]) -> Prepared:
         attention="eager",
         pack_size=FIRST_PACKS[0],
         tokens_per_step=float(data.train.lengths.mean()) * setup.train.batch_size,
-        versions=_versions(),
+        versions=library_versions(),
         truncation={name: s.truncation for name in SPLITS if isinstance(s := getattr(data, name), Split)},
         chance_loss=chance_loss,
         chance_accuracy=chance_accuracy,
@@ -106,7 +106,7 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of the packages that are there: a bare GPU machine lacks some."""
     found = {}
     for package in PACKAGES:

@@ -15,16 +15,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import psutil
 import pytest
+from clusters import HASTY, soon
 from commands import SWEEP
 from compose_file import ROOT, SECRETS, resolved
 from tracked import view
-from unboxed import Box, kill, processes_in, start, stop, unbox, up, with_command
+from unboxed import Box, is_healthy, kill, processes_in, start, stop, unbox, up, wait_healthy, with_command
 
 from sweep.driver.question import question_hash
 from sweep.report.statistics import find
@@ -94,6 +96,25 @@ def test_the_quickstart_over_two_nodes_ends_with_the_answer_of_one_process(
 ) -> None:
     home = run_and_kill_a_node(boxes, monkeypatch, ["--set", *EXACT], comes_back=True)
     same_answer(answer_in(home), json.loads(INLINE.read_text()), rel=0.03)  # perhaps of another kind of CPU
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    case="a Ray node of docker-compose.yml stands still, run without containers",
+    happens="its health check fails once the head holds it for dead; those of the others do not",
+    lost="nothing",
+)
+def test_the_health_of_a_worker_is_that_of_its_own_node(boxes: dict[str, list[Box]]) -> None:
+    (head,), (lost, other) = boxes["ray-head"], boxes["ray-worker"]
+    hasty = {f"RAY_{name}": str(value) for name, value in HASTY.items()}
+    boxes["ray-head"] = [replace(head, env={**head.env, **hasty})]
+    first = up(boxes, "ray-worker")
+    for box in (lost, other):
+        wait_healthy(box, first[box.name])
+    (raylet,) = [process for process in processes_in(lost) if process.name() == "raylet"]
+    raylet.suspend()
+    soon(lambda: not is_healthy(lost))
+    assert raylet.status() == psutil.STATUS_STOPPED and is_healthy(other) and is_healthy(head)
 
 
 def run_and_kill_a_node(
