@@ -190,8 +190,8 @@ def test_a_driver_killed_between_two_writes(
 
 @pytest.mark.fault(
     case="Ctrl-C or SIGTERM at any moment",
-    happens="the rung's results are kept, exit 130; the same command goes on",
-    lost="nothing but the rung in training",
+    happens="what was acknowledged is kept, exit 130; the same command goes on",
+    lost="nothing",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
