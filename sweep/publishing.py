@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sweep.adapters.export import Exported, ExportError, check_in_fresh_process, export
+from sweep.adapters.peft_format import is_damaged
 from sweep.console import validation_loss
 from sweep.exits import FAILED, Refused
 from sweep.report.confirmed import confirm_trials
@@ -70,13 +71,15 @@ def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
 
 
 def _published(folder: StudyFolder, finished_at: float | None) -> Places | None:
-    """What an earlier run wrote of the study as it was finished then, while it still lies there."""
+    """What an earlier run wrote of the study as it was finished then, while it still lies there undamaged."""
     values = read_json(_memory(folder))
     if values is None:
         return None
     places = Places(**{**values, "sentences": tuple(values["sentences"]), "warnings": tuple(values["warnings"])})
     there = [Path(places.report, "report.html"), *([Path(places.adapter)] if places.adapter else [])]
-    return places if places.finished_at == finished_at and all(path.exists() for path in there) else None
+    if places.finished_at != finished_at or not all(path.exists() for path in there):
+        return None
+    return None if places.adapter and is_damaged(Path(places.adapter)) else places
 
 
 def lines(places: Places, name: str, home: Home) -> list[str]:

@@ -27,8 +27,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             "run it as root, in a container with --cap-add SYS_ADMIN"
         )
         pytest.fail(why) if os.environ.get(NEEDED) else pytest.skip(why)
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def fill(disk: Path) -> Path:

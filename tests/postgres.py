@@ -40,9 +40,8 @@ def as_postgres() -> dict[str, Any]:
 class Postgres:
     """A server in a folder of its own, owned by a user that is not root: as root PostgreSQL does not start."""
 
-    def __init__(self, binaries: Path):
-        self.binaries, self.port, self.databases = binaries, lasting_port(), count()
-        self.folder = Path(tempfile.mkdtemp(prefix="sweep-postgres-"))
+    def __init__(self, binaries: Path, folder: Path):
+        self.binaries, self.port, self.databases, self.folder = binaries, lasting_port(), count(), folder
         self.process: subprocess.Popen[bytes] | None = None
         (self.folder / "password").write_text(PASSWORD)
         self.as_user = as_postgres()
@@ -108,14 +107,14 @@ def find_binaries() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    server = Postgres(find_binaries())
-    try:
-        server.start()
-        yield server
-    finally:
-        if server.process is not None and server.process.poll() is None:
-            server.stop(signal.SIGQUIT)
-        shutil.rmtree(server.folder)
+    with tempfile.TemporaryDirectory(prefix="sweep-postgres-") as folder:
+        server = Postgres(find_binaries(), Path(folder))
+        try:
+            server.start()
+            yield server
+        finally:
+            if server.process is not None and server.process.poll() is None:
+                server.stop(signal.SIGQUIT)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from sweep import __version__
 from sweep.adapters.peft_format import BASE, EMBEDDING_BASE, MARK, PREFIX, TENSORS, PeftAdapter, Settings
 from sweep.lora.methods import DORA
 from sweep.study.errors import FieldError
+from sweep.study.files import file_sha256
 
 
 def save_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str], made_by: Mapping[str, Any]) -> None:
@@ -69,9 +70,11 @@ def write_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str],
 
 
 def write_mark(folder: Path, told: Mapping[str, Any]) -> None:
-    """Write `sweep.json` as the last file of a folder: what we tell of it, and which files in it are ours."""
+    """Write `sweep.json` as the last file of a folder: what we tell of it, which files are ours, digests of tensors."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    (folder / MARK).write_text(json.dumps({"sweep": __version__, **told, "files": [*files, MARK]}, indent=1))
+    digests = {name: file_sha256(folder / name) for name in files if name.endswith(".safetensors")}
+    mark = {"sweep": __version__, **told, "files": [*files, MARK], "sha256": digests}
+    (folder / MARK).write_text(json.dumps(mark, indent=1))
 
 
 def check_target(to: Path, study: str | None = None) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 from sweep.lora.methods import DORA, State
 from sweep.study.arms import pattern_key
 from sweep.study.errors import FieldError
+from sweep.study.files import file_sha256
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MARK = "sweep.json"  # tells what we wrote from a folder that must not be overwritten
@@ -78,6 +79,7 @@ class _Mark(BaseModel):
     labels: list[str] = []
     task: str | None = None
     model_fingerprint: str | None = None
+    sha256: dict[str, str] = {}  # of the files that hold tensors, by their names in the folder
 
 
 Form = TypeVar("Form", bound=BaseModel)
@@ -146,7 +148,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
         )
     method = _check_config(folder, written)
     config = _valid(folder, CONFIG, written, _Config)
-    ours = _valid(folder, MARK, _read_json(folder, MARK) if (folder / MARK).exists() else {}, _Mark)
+    ours = _read_mark(folder)
     tensors = _read_tensors(folder)
     state: State = {}
     embeddings: State = {}
@@ -200,6 +202,26 @@ def read_adapter(folder: Path) -> PeftAdapter:
         embeddings=embeddings,
         settings=settings,
     )
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether its tensors are no longer those that sweep wrote there."""
+    try:
+        _read_mark(folder)
+    except FieldError:
+        return True
+    return False
+
+
+def _read_mark(folder: Path) -> _Mark:
+    """What we left beside an adapter, empty where others wrote it. Refuses tensors that are not those it tells of."""
+    mark = _valid(folder, MARK, _read_json(folder, MARK) if (folder / MARK).exists() else {}, _Mark)
+    for name, digest in mark.sha256.items():
+        path = _inside(folder, name)
+        if not path.is_file() or file_sha256(path) != digest:
+            why = f"is not what sweep wrote (its sha256 differs from that in {MARK}); write it anew, or without {MARK}"
+            _refuse(folder, name, f"{why} it is read as it is")
+    return mark
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> str:

@@ -38,5 +38,11 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def file_sha256(path: Path) -> str:
+    """Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from sweep.study.errors import Damaged
+from sweep.study.files import file_sha256
 from sweep.study.lifeline import temporary_folder
 from sweep.study.records import Saved, TrialSpec
 from sweep.tracking import remote
@@ -47,7 +48,7 @@ def save(trial: TrialSpec, step: int, info: dict[str, Any], write: Callable[[Pat
             half.mkdir(parents=True)
             stack.callback(shutil.rmtree, half, ignore_errors=True)
         write(half)
-        files = {file.name: _digest(file) for file in sorted(half.iterdir())}
+        files = {file.name: file_sha256(file) for file in sorted(half.iterdir())}
         told = json.dumps({"step": step, **info, "files": files}, indent=1).encode()
         (half / INFO).write_bytes(told)
         if remote.is_url(place):
@@ -140,7 +141,7 @@ def _verify(trial: TrialSpec, saved: Saved, names: Sequence[str], folder: Path) 
             if not _FILE.fullmatch(name):
                 raise _damaged(trial, f"{where}/{INFO} names {name!r}, which is no file of a checkpoint")
         for name in names:
-            if name not in files or _digest(folder / name) != files[name]:
+            if name not in files or file_sha256(folder / name) != files[name]:
                 raise _damaged(trial, f"{where}/{name} is not what was written (its sha256 differs)")
     except OSError as error:
         if error.errno not in _NOT_THERE:
@@ -150,11 +151,6 @@ def _verify(trial: TrialSpec, saved: Saved, names: Sequence[str], folder: Path) 
 
 def _damaged(trial: TrialSpec, what: str) -> Damaged:
     return Damaged(f"the checkpoint of trial {trial.number} ({trial.arm.name}) is damaged: {what}", trial.number)
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened_file:
-        return hashlib.file_digest(opened_file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -82,6 +82,27 @@ def test_four_first_launches_of_one_study(tmp_path: Path, done: Home) -> None:
 
 
 @pytest.mark.fault(
+    case="a second driver of a study while one runs",
+    happens="it says in one line which process runs it, and exits 1; the first is not disturbed",
+    lost="nothing",
+)
+def test_a_second_driver_while_one_runs(tmp_path: Path, done: Home) -> None:
+    home, go = Home(tmp_path / "home"), tmp_path / "go"
+    words = command(tmp_path, home)
+    first = fake_sweep.start({"hold": [2, str(go)]}, *words, cwd=tmp_path)
+    try:
+        wait_until(first, lambda: rungs_of(home) >= 2)
+        code, output = fake_sweep.run({}, *words, cwd=tmp_path)
+    finally:
+        go.touch()
+        ended, _ = fake_sweep.finish(first)
+    line = output.strip().splitlines()[-1]
+    assert code == 1 and f"another `sweep run` works on {home.study(STUDY.name).path} (process {first.pid})" in line
+    assert ended == 0 and "Traceback" not in output, output
+    check_undisturbed(home, done)
+
+
+@pytest.mark.fault(
     case="four first launches of four studies at once, in a new home",
     happens="all of them run; each database is made once",
     lost="nothing",
@@ -190,8 +211,8 @@ def test_a_driver_killed_between_two_writes(
 
 @pytest.mark.fault(
     case="Ctrl-C or SIGTERM at any moment",
-    happens="the rung's results are kept, exit 130; the same command goes on",
-    lost="nothing but the rung in training",
+    happens="what was acknowledged is kept, exit 130; the same command goes on",
+    lost="nothing",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])

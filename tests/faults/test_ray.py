@@ -20,13 +20,17 @@ from clusters import Nodes, soon
 from driving import records_of, run, undisturbed
 from fakes import fake_work, make_study
 from test_lost_workers import found
+from test_packing import slot
 from test_workers import assert_same, quickstart, record_of, running, wait_for_results
 from test_workers import finish as wait_for_end
 from worker_units import is_alive, pid, wait_for
 
+from sweep.driver.failures import decide
+from sweep.driver.packing import Pack
 from sweep.execution.ray import RayExecutor
 from sweep.study.errors import NoWorkers, WorkerLost, is_out_of_memory
 from sweep.study.home import Home
+from sweep.study.records import INFEASIBLE
 from sweep.study.schema import Resources
 
 
@@ -258,14 +262,37 @@ def test_the_processes_of_a_probe_end_with_their_worker(nodes: Nodes, tmp_path: 
     lost="what does not fit on the node, which is a result",
 )
 def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes) -> None:
-    memory = psutil.virtual_memory()
-    threshold = (memory.total - memory.available + 0.06 * memory.total) / memory.total
-    node = nodes.add(1, gpus=1, RAY_memory_usage_threshold=f"{threshold:.3f}", RAY_memory_monitor_refresh_ms="100")
+    """The node is short of memory once 1.5 GiB more are taken than now, however much the machine has."""
+    memory, room = psutil.virtual_memory(), 3 * 2**29
+    threshold = (memory.total - memory.available + room) / memory.total
+    node = nodes.add(1, gpus=1, RAY_memory_usage_threshold=f"{threshold:.6f}", RAY_memory_monitor_refresh_ms="100")
     with executor_on(nodes, gpus=1.0) as executor:
-        error = executor.submit(units.fill, int(0.15 * memory.total)).exception(120)
+        error = executor.submit(units.fill, 3 * room).exception(120)
         assert is_out_of_memory(error) and str(error) == "Ray ended it, since 127.0.0.1 ran out of memory"
         assert executor.submit(pid).result(60), "another worker takes its place"
     nodes.kill(node)
+    pack = Pack((slot(0, 2), slot(1, 2)), 0, 1)
+    halves = decide(pack, error, shared=True).again
+    assert [[one.index for one in half.slots] for half in halves] == [[0], [1]]
+    (alone,) = decide(halves[0], error, shared=True).again
+    assert alone.exclusive and decide(alone, error, shared=True).state == INFEASIBLE
+
+
+@pytest.mark.fault(
+    case="a Ray worker process killed in the middle of a rung",
+    happens="another takes its place on the node and trains the pack's rung again; the command ends with exit code 0",
+    lost="nothing",
+)
+def test_a_killed_worker_process_loses_no_trial(nodes: Nodes, calm: Home, tmp_path: Path) -> None:
+    command, marks = units.start(tmp_path, nodes.address, 0.5), tmp_path / "marks"
+    units.wait_until(command, lambda: units.done(marks) >= 2 and units.begun(marks))
+    worker = units.begun(marks)[0]
+    os.kill(worker, signal.SIGKILL)
+    code, lines = units.finish(command)
+    assert code == 0, lines
+    assert units.begun(marks) == [worker], "one unit was begun that nobody finished"
+    assert "was lost, and another tries again: " in " ".join(lines)
+    assert_calm(Home(tmp_path / "home"), calm)
 
 
 @pytest.mark.slow

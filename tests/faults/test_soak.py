@@ -37,10 +37,10 @@ def fake_soak(root: Path, seed: int) -> Soak:
     )
 
 
-def whole_soak(soak: Soak, at_most: int, seed: int) -> StudyRecord:
+def whole_soak(soak: Soak, at_most: int, seed: int, results_between: int = 3) -> StudyRecord:
     """The study's record at its end; an AssertionError tells how to repeat what broke it."""
     try:
-        return soak_through(soak, FAULTS, at_most, results_between=3)
+        return soak_through(soak, FAULTS, at_most, results_between)
     except Exception as error:
         log = soak.log.read_text()[-2000:]
         raise AssertionError(f"{error!r}\nSWEEP_SOAK_SEED={seed}, after {dict(soak.came)}\n{log}") from error

@@ -57,9 +57,10 @@ SMALL = [
 @pytest.fixture
 def boxes() -> Iterator[dict[str, list[Box]]]:
     root = Path(tempfile.mkdtemp(prefix="twin", dir="/tmp"))  # a short name, open to PostgreSQL's user
-    root.chmod(0o755)
-    boxes = unbox(resolved(), root)
+    boxes: dict[str, list[Box]] = {}
     try:
+        root.chmod(0o755)
+        boxes = unbox(resolved(), root)
         yield boxes
     finally:
         for box in every(boxes):
