@@ -115,6 +115,9 @@ def test_the_worker_whose_node_the_head_holds_for_dead_is_alone_unhealthy(boxes:
     raylet.suspend()
     soon(lambda: not is_healthy(lost))
     assert raylet.status() == psutil.STATUS_STOPPED and is_healthy(other) and is_healthy(head)
+    raylet.resume()
+    for box in (lost, other, head):  # Ray's agents outlive by a minute a node that is killed
+        stop(box, first[box.name])
 
 
 def run_and_kill_a_node(
