@@ -2,8 +2,8 @@
 .PHONY: quickstart test check audit install dev clean
 BIN := .venv/bin
 VERSIONS := pyproject.toml constraints.txt scripts/install.sh
-# Tests run in so many processes, each with one thread of torch's: more threads than cores only wait for each other.
-JOBS ?= $(shell (nproc || sysctl -n hw.ncpu || echo 2) 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}')
+# Tests run in so many processes, each with one thread of torch's; one more than cores, since tests often wait.
+JOBS ?= $(shell (nproc || sysctl -n hw.ncpu || echo 2) 2>/dev/null | awk '{print ($$1 < 7) ? $$1 + 1 : 8}')
 export PYTHON
 
 quickstart: .venv/.installed-run ## run the quickstart study; takes it up where it stopped
