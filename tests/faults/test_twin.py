@@ -38,6 +38,7 @@ from sweep.tracking.journal import StudyRecord, read_study_record
 
 QUICKSTART = "studies/quickstart.yaml"
 INLINE = Path(__file__).with_name("quickstart.json")  # what one process finds
+OTHER_CPU = 3e-3  # of a loss; with AVX2 alone the losses in quickstart.json come out within 3e-5, even divergent ones
 EXACT = ["train.precision=float32"]  # bfloat16 rounds by how many trials share a pack
 SMALL = [
     *EXACT,
@@ -96,7 +97,7 @@ def test_the_quickstart_over_two_nodes_ends_with_the_answer_of_one_process(
     boxes: dict[str, list[Box]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = run_and_kill_a_node(boxes, monkeypatch, ["--set", *EXACT], comes_back=True)
-    same_answer(answer_in(home), json.loads(INLINE.read_text()), rel=0.03)  # perhaps of another kind of CPU
+    same_answer(answer_in(home), json.loads(INLINE.read_text()), OTHER_CPU)
 
 
 @pytest.mark.slow
