@@ -21,6 +21,7 @@ import typer
 from sweep.arguments import HomeOption, need_writable, ran
 from sweep.exits import FAILED, Refused
 from sweep.study.home import Home, find_home
+from sweep.study.lifeline import temporary_folder
 
 if TYPE_CHECKING:
     from sweep.tracking.served import Login, Served
@@ -65,9 +66,9 @@ def serve(home: Home, study: str | None, served: Served) -> None:
     login = None if served.is_local else _ask_login(served)
     _need_free(served)
     command = dashboard_command(home, served.port, served.host, login is not None)
-    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="sweep-dashboard-") as private:
+    with tempfile.TemporaryFile() as log, temporary_folder("sweep-dashboard-") as private:
         # A session of its own: Ctrl-C reaches us alone, and the server with its workers is ended as one group.
-        environment = _environment(home, served, login, Path(private))
+        environment = _environment(home, served, login, private)
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_until_up(server, served)

@@ -6,8 +6,10 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from sweep.adapters.export import Exported, ExportError, check_in_fresh_process, export
+from sweep.adapters.folders import check_target
 from sweep.adapters.peft_format import is_damaged
 from sweep.console import validation_loss
 from sweep.exits import FAILED, Refused
@@ -17,11 +19,12 @@ from sweep.report.results import ArmResult, Findings
 from sweep.report.statistics import find
 from sweep.report.summary import summary
 from sweep.report.words import rate
+from sweep.study.errors import FieldError
 from sweep.study.files import read_json, write_json
 from sweep.study.home import Home, StudyFolder, find_home
 from sweep.study.records import COMPLETE, CONFIRM, TrialSpec
 from sweep.study.schema import Study
-from sweep.tracking.connection import without_credentials
+from sweep.tracking.connection import locked, without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 from sweep.tracking.mlflow import Projector, find_tracking, register, set_alias
 from sweep.tracking.models import alias_of
@@ -45,12 +48,13 @@ class Places:
 
 def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path) -> Places:
     """Write report and adapter where they do not lie there yet, and bring MLflow up to date."""
-    record = read_study_record(folder)
-    places = _published(folder, record.finished_at)
-    if places is None:
-        places = _write(study, record, cache)
-        if places.whole:
-            _remember(places, folder)
+    with locked(folder.path / "publish.lock"):  # the study's own lock is free: another command may be here as well
+        record = read_study_record(folder)
+        places = _published(folder, record.finished_at)
+        if places is None:
+            places = _write(study, record, cache)
+            if places.whole:
+                _remember(places, folder)
     # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
     adapter = Path(places.adapter) if places.adapter else None
     warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, places.summary)
@@ -195,11 +199,21 @@ def _with_adapter(places: Places, study: Study, record: StudyRecord, findings: F
         return replace(places, no_adapter="none, because full fine-tuning is recommended")
     to = record.folder.path / "adapter"
     try:
+        _set_aside(to, study)
         export(study, record, trial, to, False, " ".join(findings.sentences), cache)
     except Exception as error:  # the report stands all the same; the next run tries again
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return replace(places, no_adapter=f"not written: {reason}", whole=False)
     return replace(places, adapter=str(to))
+
+
+def _set_aside(adapter: Path, study: Study) -> None:
+    """Make room where a damaged adapter no longer tells which files are ours: what lies there may be the user's."""
+    if is_damaged(adapter):
+        try:
+            check_target(adapter, study.name)
+        except FieldError:
+            adapter.rename(adapter.with_name(f"adapter-damaged-{uuid4().hex[:8]}"))
 
 
 def _memory(folder: StudyFolder) -> Path:

@@ -14,7 +14,8 @@ HEAD = """# What happens when something breaks
 
 Each row is a fault that a test injects for real: signals, full disks, damaged files, stopped servers, killed nodes.
 Unless a row says otherwise, the tests check that no acknowledged result is lost and none counted twice, that nothing is
-left running, that the other trials finish, and that the loss curves are those of an undisturbed run.
+left running, that the other trials finish, and, where a study trains on, that its loss curves are those of an
+undisturbed run.
 A rung in training that was not acknowledged yet is trained again, with the same losses: that counts as nothing lost.
 Where something is lost the command says why in one line and does not exit 0.
 

@@ -126,13 +126,13 @@ def test_a_hung_trial_is_ended_when_its_time_is_over_and_tried_again(tmp_path: P
 
 
 def test_a_trial_that_hangs_every_time_fails_and_its_siblings_finish(tmp_path: Path, home: Home, done: Home) -> None:
-    study = make_study(resources={"workers": 2, "seconds_per_rung": 1})
+    study = make_study(resources={"workers": 2, "seconds_per_rung": 5})
     with workers(2) as executor:
         run(home, study, with_fault(tmp_path / "marks", "stopped", "full"), executor)
     there, expected = found(home, study), found(done, study)
     assert {cell[0] for cell, (_, state, _) in there.items() if state == FAILED} == {"full"}
     assert {reason for _, state, reason in there.values() if state == FAILED} == {
-        "its worker was lost 3 times: did nothing for 1 s"
+        "its worker was lost 3 times: did nothing for 5 s"
     }
     assert {c: e for c, e in there.items() if c[0] != "full"} == {c: e for c, e in expected.items() if c[0] != "full"}
 

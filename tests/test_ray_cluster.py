@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import clusters
@@ -150,22 +152,27 @@ def test_a_cluster_of_ones_own_listens_on_this_machine_alone_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_what_a_killed_driver_left_of_its_own_cluster_goes_with_the_next(tmp_path: Path) -> None:
-    killed, alive = (own_cluster(tmp_path, "{}", "0") for _ in range(2))
-    for command in (killed, alive):
-        assert command.stdout is not None
-        assert command.stdout.readline() == "1 worker on 1 Ray node\n" and command.stdout.readline() == "0\n"
-    family = family_of(killed)
-    folder, other = folder_of(family), folder_of(family_of(alive))
-    killed.kill()
-    killed.communicate(timeout=60)
-    assert folder.exists()
-    assert driver("", TMPDIR=str(tmp_path), HOME=str(tmp_path)) == "1 worker on 1 Ray node\n0\n"
-    assert not folder.exists() and other.exists()
-    assert alive.communicate("\n", timeout=60) == ("", None) and alive.returncode == 0
-    assert not other.exists()
-    for agent in [process for process in family if process.is_running()]:  # Ray's, which take a minute to see it
-        agent.kill()
+def test_what_a_killed_driver_left_of_its_own_cluster_goes_with_the_next() -> None:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as short:  # and nobody else's
+        killed, alive = (own_cluster(Path(short), "{}", "0") for _ in range(2))
+        family = [*family_of(killed), *family_of(alive)]
+        try:
+            for command in (killed, alive):
+                assert command.stdout is not None
+                assert command.stdout.readline() == "1 worker on 1 Ray node\n" and command.stdout.readline() == "0\n"
+            family = [*family_of(killed), *family_of(alive)]
+            folder, other = folder_of(family_of(killed)), folder_of(family_of(alive))
+            killed.kill()
+            killed.communicate(timeout=60)
+            assert folder.exists()
+            assert driver("", TMPDIR=short, HOME=short) == "1 worker on 1 Ray node\n0\n"
+            assert not folder.exists() and other.exists()
+            assert alive.communicate("\n", timeout=60) == ("", None) and alive.returncode == 0
+            assert not other.exists()
+        finally:
+            for process in family:  # Ray's agents take a minute to see that their node is gone
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def own_cluster(root: Path, asked: str, unit: str) -> subprocess.Popen[str]:

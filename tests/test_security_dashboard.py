@@ -128,8 +128,8 @@ def test_beyond_this_machine_nothing_is_told_without_the_password(beyond: Runnin
 
 
 def test_what_the_password_needs_on_disk_is_the_user_s_alone(beyond: Running) -> None:
-    (private,) = Path(psutil.Process(beyond.process.pid).environ()["TMPDIR"]).glob("sweep-dashboard-*")
-    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    (private,) = Path(psutil.Process(beyond.process.pid).environ()["TMPDIR"]).glob("sweep-dashboard-*/in")
+    assert stat.S_IMODE(private.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE((private / "auth.ini").stat().st_mode) == 0o600
     assert {path.name for path in private.iterdir()} >= {"auth.ini", "users.db"}
     for path in private.iterdir():

@@ -128,10 +128,17 @@ def wait_healthy(box: Box, first: subprocess.Popen[bytes] | None = None) -> None
 
 def is_healthy(box: Box) -> bool:
     """What the service's own health check says, now."""
+    return trouble_of(box) is None
+
+
+def trouble_of(box: Box) -> str | None:
+    """What the service's own health check complains of, now."""
     seconds = _seconds(box.service["healthcheck"]["timeout"])
-    with suppress(subprocess.TimeoutExpired):
-        return subprocess.run(box.health, env=dict(box.env), capture_output=True, timeout=seconds).returncode == 0
-    return False
+    try:
+        done = subprocess.run(box.health, env=dict(box.env), capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {seconds:g} s"
+    return None if done.returncode == 0 else done.stderr.decode()
 
 
 def processes_in(box: Box) -> list[psutil.Process]:

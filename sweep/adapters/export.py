@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from sweep.lora.methods import is_conv1d
 from sweep.lora.prefix import PROMPT
 from sweep.study.arms import Arm
 from sweep.study.errors import Damaged
+from sweep.study.lifeline import temporary_folder
 from sweep.study.records import COMPLETE, Prepared
 from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
@@ -265,8 +265,8 @@ def check_in_fresh_process(check: Check, what: str, env: dict[str, str] | None =
     what: how the error calls it. env: added to that process's environment. Raises ExportError where it does not load
     or its logits differ.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        expected = Path(folder, "expected.safetensors")
+    with temporary_folder("sweep-check-") as folder:
+        expected = folder / "expected.safetensors"
         save_file({**check.inputs, "logits": check.logits.contiguous()}, expected)
         done = subprocess.run(
             [sys.executable, "-m", "sweep.adapters.verify"],

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from sweep import __version__
-from sweep.adapters.peft_format import BASE, EMBEDDING_BASE, MARK, PREFIX, TENSORS, PeftAdapter, Settings
+from sweep.adapters.peft_format import BASE, CONFIG, EMBEDDING_BASE, MARK, PREFIX, TENSORS, PeftAdapter, Settings
 from sweep.lora.methods import DORA
 from sweep.study.errors import FieldError
 from sweep.study.files import file_sha256
@@ -70,9 +70,9 @@ def write_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str],
 
 
 def write_mark(folder: Path, told: Mapping[str, Any]) -> None:
-    """Write `sweep.json` as the last file of a folder: what we tell of it, which files are ours, digests of tensors."""
+    """Write `sweep.json` as the last file of a folder: what we tell of it, our files, an adapter's digests."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    digests = {name: file_sha256(folder / name) for name in files if name.endswith(".safetensors")}
+    digests = {name: file_sha256(folder / name) for name in (CONFIG, TENSORS) if CONFIG in files and name in files}
     mark = {"sweep": __version__, **told, "files": [*files, MARK], "sha256": digests}
     (folder / MARK).write_text(json.dumps(mark, indent=1))
 
@@ -89,7 +89,7 @@ def check_target(to: Path, study: str | None = None) -> Path:
             return place
         if not place.is_dir():
             raise _refused(to, "is a file")
-        mark = _read_mark(to) if (place / MARK).exists() else {"files": []}
+        mark = _our_mark(to) if (place / MARK).exists() else {"files": []}
         foreign = _first_foreign(place, mark["files"])
         if foreign is not None:
             raise _refused(to, f"holds {foreign}, which sweep did not write")
@@ -136,7 +136,7 @@ def _take_place(half: Path, place: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_mark(to: Path) -> dict[str, Any]:
+def _our_mark(to: Path) -> dict[str, Any]:
     try:
         mark = json.loads((to / MARK).read_text(encoding="utf-8"))
     except ValueError:

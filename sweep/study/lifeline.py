@@ -60,7 +60,7 @@ def _remove_abandoned(place: Path, prefix: str) -> None:
         with suppress(OSError):  # its process lives, or something still writes there: the next one tries again
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue
-            with open(folder / HELD, "rb") as held:
+            with open(folder / HELD, "r+b") as held:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder / INSIDE)
                 shutil.rmtree(folder)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sweep.study.lifeline import temporary_folder
 from sweep.tracking.connection import without_credentials
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, adapter: Pa
             {key: without_credentials(str(value)) for key, value in params.items() if value is not None},
             "adapter",
         )
-    with tempfile.TemporaryDirectory() as folder:
-        client.log_model_artifacts(found.model_id, str(pack_model(adapter, Path(folder, "model"), found.model_id)))
+    with temporary_folder("sweep-model-") as folder:
+        client.log_model_artifacts(found.model_id, str(pack_model(adapter, folder / "model", found.model_id)))
     outputs = client.get_run(run_id).outputs
     if found.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
         client.log_outputs(run_id, [LoggedModelOutput(found.model_id, 0)])  # so that the run's page shows it

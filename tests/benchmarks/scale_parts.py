@@ -26,7 +26,7 @@ from sweep.tracking.journal import read_study_record
 from sweep.tracking.mlflow import Projector
 
 from .scale_records import Driven, Reported, Tracked
-from .scale_units import train_asleep, train_busy
+from .scale_units import multiply, train_asleep, train_busy
 
 WORKERS, PACK, ARMS = 16, 5, 20
 POINTS = 100  # a trial, in MLflow
@@ -71,6 +71,7 @@ def track(trials: int, tracked: bool, repetition: int) -> Tracked:
         home, study = Home(Path(folder)), grid(trials, POINTS)
         tracking = Tracking(home.mlflow_url, str(home.mlflow_artifacts))
         projector = Projector(study, home.study(study.name), tracking)
+        multiply(1)  # torch's start, which only the first of them would pay
         if tracked:
             projector.start()
         began = time.perf_counter()

@@ -19,9 +19,13 @@ def train_asleep(seconds: float, unit: Unit) -> tuple[Measurement, ...]:
 
 def train_busy(products: int, unit: Unit) -> tuple[Measurement, ...]:
     """As much work each time, on every core, in the driver's own process, as `sweep run` trains without workers."""
+    multiply(products)
+    return train_rung(unit)
+
+
+def multiply(times: int) -> None:
     import torch
 
     a = torch.ones(SIZE, SIZE)
-    for _ in range(products):
+    for _ in range(times):
         a @ a
-    return train_rung(unit)

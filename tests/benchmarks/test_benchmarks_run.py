@@ -131,6 +131,7 @@ def nowhere() -> Provenance:
     return Provenance("python -m tests.benchmarks.steps", "a machine", {"torch": "0"}, "today")
 
 
+@pytest.mark.slow
 def test_the_smallest_study_of_scale_runs_and_its_goals_are_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

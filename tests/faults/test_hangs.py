@@ -29,6 +29,7 @@ fake_sweep.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     case="a trial that hangs with every worker",
     happens="three workers are ended when their time is over, and the trial fails with that reason; the others finish; "
@@ -37,7 +38,7 @@ fake_sweep.main()
 )
 def test_a_trial_that_hangs_every_time_fails_alone(tmp_path: Path) -> None:
     rates = {"learning_rate": [1e-2], "full_finetuning": {"learning_rate": [1e-4]}}
-    study, calm = make_study(tune=rates, resources={"workers": 2, "seconds_per_rung": 1}), Home(tmp_path / "calm")
+    study, calm = make_study(tune=rates, resources={"workers": 2, "seconds_per_rung": 5}), Home(tmp_path / "calm")
     run(calm, make_study(tune=rates))
     (tmp_path / "fake.yaml").write_text(dump_study(study))
     words = [sys.executable, "-c", COMMAND, str(tmp_path / "marks"), "run", "fake.yaml"]
@@ -47,6 +48,6 @@ def test_a_trial_that_hangs_every_time_fails_alone(tmp_path: Path) -> None:
     there, expected = found(Home(tmp_path / "home"), study), found(calm, study)
     failed = {cell: reason for cell, (_, state, reason) in there.items() if state == FAILED}
     assert [cell[0] for cell in failed] == ["full"]
-    assert list(failed.values()) == ["its worker was lost 3 times: did nothing for 1 s"]
+    assert list(failed.values()) == ["its worker was lost 3 times: did nothing for 5 s"]
     others = {cell: entry for cell, entry in expected.items() if cell[0] != "full"}
     assert {cell: entry for cell, entry in there.items() if cell not in failed} == others

@@ -284,8 +284,10 @@ def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes
     lost="nothing",
 )
 def test_a_killed_worker_process_loses_no_trial(nodes: Nodes, calm: Home, tmp_path: Path) -> None:
-    command, marks = units.start(tmp_path, nodes.address, 0.5), tmp_path / "marks"
-    units.wait_until(command, lambda: units.done(marks) >= 2 and units.begun(marks))
+    command, marks = units.start(tmp_path, nodes.address, 1), tmp_path / "marks"
+    units.wait_until(command, lambda: units.done(marks) >= 2)
+    before = units.done(marks)
+    units.wait_until(command, lambda: units.done(marks) > before and units.begun(marks))  # one that has just begun
     worker = units.begun(marks)[0]
     os.kill(worker, signal.SIGKILL)
     code, lines = units.finish(command)

@@ -22,11 +22,11 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from clusters import HASTY, soon
+from clusters import soon
 from commands import SWEEP
 from compose_file import ROOT, SECRETS, resolved
 from tracked import view
-from unboxed import Box, is_healthy, kill, processes_in, start, stop, unbox, up, wait_healthy, with_command
+from unboxed import Box, is_healthy, kill, processes_in, start, stop, trouble_of, unbox, up, wait_healthy, with_command
 
 from sweep.driver.question import question_hash
 from sweep.report.statistics import find
@@ -53,6 +53,13 @@ SMALL = [
     "search.rungs=[10,20]",
     "confirm.seeds=[1,2,3]",
 ]
+
+SOON_DEAD = {  # a node that does not answer is dead after some 6 s and not after a minute
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 @pytest.fixture
@@ -108,14 +115,13 @@ def test_the_quickstart_over_two_nodes_ends_with_the_answer_of_one_process(
 )
 def test_the_worker_whose_node_the_head_holds_for_dead_is_alone_unhealthy(boxes: dict[str, list[Box]]) -> None:
     (head,), (lost, other) = boxes["ray-head"], boxes["ray-worker"]
-    hasty = {f"RAY_{name}": str(value) for name, value in HASTY.items()}
-    boxes["ray-head"] = [replace(head, env={**head.env, **hasty})]
+    boxes["ray-head"] = [replace(head, env={**head.env, **SOON_DEAD})]
     first = up(boxes, "ray-worker")
     for box in (lost, other):
         wait_healthy(box, first[box.name])
     (raylet,) = [process for process in processes_in(lost) if process.name() == "raylet"]
     raylet.suspend()
-    soon(lambda: not is_healthy(lost))
+    soon(lambda: "no living Ray node at" in (trouble_of(lost) or ""), 120)
     assert raylet.status() == psutil.STATUS_STOPPED and is_healthy(other) and is_healthy(head)
     raylet.resume()
     for box in (lost, other, head):  # Ray's agents outlive by a minute a node that is killed
