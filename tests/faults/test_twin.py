@@ -94,15 +94,12 @@ def test_a_cluster_that_loses_a_node_has_the_losses_and_the_answer_of_one_proces
     same_answer(answer_in(home), answer_in(inline), rel=1e-3)
 
 
+@pytest.mark.whole
 @pytest.mark.slow
-@pytest.mark.fault(
-    case="the same over the whole quickstart, and the node comes back as its restart policy says",
-    happens="it takes up work again, and the answer is the one that one process finds",
-    lost="nothing",
-)
 def test_the_quickstart_over_two_nodes_ends_with_the_answer_of_one_process(
     boxes: dict[str, list[Box]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The killed node comes back, as its restart policy says, and takes up work again."""
     home = run_and_kill_a_node(boxes, monkeypatch, ["--set", *EXACT], comes_back=True)
     same_answer(answer_in(home), json.loads(INLINE.read_text()), OTHER_CPU)
 
