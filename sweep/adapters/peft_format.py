@@ -141,6 +141,7 @@ def same_base(one: PeftAdapter, other: PeftAdapter) -> bool:
 
 def read_adapter(folder: Path) -> PeftAdapter:
     """Read a folder that PEFT or `sweep export` wrote. Raises FieldError, naming the file and the key."""
+    ours = _read_mark(folder)
     written = _read_json(folder, CONFIG)
     if (folder / SUBFOLDER / CONFIG).exists():
         _refuse(
@@ -148,7 +149,6 @@ def read_adapter(folder: Path) -> PeftAdapter:
         )
     method = _check_config(folder, written)
     config = _valid(folder, CONFIG, written, _Config)
-    ours = _read_mark(folder)
     tensors = _read_tensors(folder)
     state: State = {}
     embeddings: State = {}

@@ -21,7 +21,7 @@ from sweep.study.home import StudyFolder
 from sweep.tracking.journal import StudyRecord, read_study_record
 
 MARK = "SWEEP_TEST_SOAK"  # in the environment of all that a soak starts, so that survivors are found
-SECONDS_TO_END = 60.0
+SECONDS_TO_END = 300.0  # a start takes most of a minute on a slow machine with much else to do
 
 
 @dataclass

@@ -151,7 +151,7 @@ def test_without_any_node_the_study_stops_and_goes_on_once_there_is_one(
     lost="nothing",
 )
 def test_a_unit_waits_for_a_node_that_comes_in_time(nodes: Nodes) -> None:
-    with executor_on(nodes, patience=5.0, cpus=1.0) as executor:
+    with executor_on(nodes, patience=20.0, cpus=1.0) as executor:
         nodes.kill_all()
         soon(lambda: isinstance(executor.submit(pid).exception(), NoWorkers))
         assert executor.slots == 1
