@@ -18,7 +18,7 @@ import pytest
 import worker_units as units
 from worker_units import is_alive, parent_of, wait_for, workers
 
-from sweep.execution.local import LocalExecutor
+from sweep.execution.local import SPAWN, LocalExecutor, _serve
 from sweep.study.errors import (
     Damaged,
     FieldError,
@@ -152,6 +152,19 @@ def test_an_idle_worker_that_was_killed_is_replaced_and_costs_no_unit() -> None:
         os.kill(before, signal.SIGKILL)
         wait_for(lambda: not is_alive(before), "its death")
         assert executor.submit(units.pid).result() != before
+
+
+def test_a_worker_whose_driver_is_gone_before_the_answer_ends_without_a_word(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=_serve, args=(theirs, {}))
+    process.start()
+    theirs.close()
+    ours.send_bytes(pickle.dumps((units.pid, ())))
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 0 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["sleeps", "is stopped"])

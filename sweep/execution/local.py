@@ -226,6 +226,6 @@ def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
     os.setpgrp()  # what it starts ends with it
     die_with_parent(with_group=True)
     os.environ.update(environment)
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):  # the driver is gone before the next unit, or before the answer
         while True:
             connection.send_bytes(answer(connection.recv_bytes()))
