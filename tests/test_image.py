@@ -143,7 +143,8 @@ def programs_of(service: dict[str, Any]) -> set[str]:
     for _, _, script in (words[:3] for words in commands if words[0] == "sh"):
         words = list(shlex.shlex(script, posix=True, punctuation_chars=";()"))
         begins = {";", "(", "exec"}
-        found |= {word for before, word in zip([";", *words], words, strict=False) if before in begins} - {"exec"}
+        begun = {word for before, word in zip([";", *words], words, strict=False) if before in begins}
+        found |= begun - {"exec", "$@"}  # the arguments are the command
     return found
 
 
