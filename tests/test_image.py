@@ -144,7 +144,7 @@ def programs_of(service: dict[str, Any]) -> set[str]:
         words = list(shlex.shlex(script, posix=True, punctuation_chars=";()"))
         begins = {";", "(", "exec"}
         begun = {word for before, word in zip([";", *words], words, strict=False) if before in begins}
-        found |= begun - {"exec", "$@"}  # the arguments are the command
+        found |= {word for word in begun - {"exec"} if not word.startswith("$")}  # arguments: they are the command
     return found
 
 

@@ -84,7 +84,7 @@ def test_a_losing_cell_is_reported_as_losing(tmp_path: Path) -> None:
     assert "3.00× of 2.5× over (b) Optuna + PEFT + Trainer: met; 2.00× of 2× over" in page
     assert "minilm-8x32, q,v, K = 4 (the fastest K)" in page and "minilm-16x64, q,v: not measured" in page
     assert "| minilm-8x32, q,v, K = 4 | not measured | not measured | 0.80" in page.replace("(0.80–0.80) ", "")
-    assert page.count("**This benchmark has not run.**") == 3  # search and gpu
+    assert page.count("**This benchmark has not run.**") == 3  # search, gpu and scale
 
 
 def test_a_cell_that_is_won_only_sometimes_is_not_called_won(tmp_path: Path) -> None:
