@@ -26,6 +26,7 @@ def provenance_facts(study: Study, records: Sequence[StudyRecord]) -> list[tuple
     ]
     data = [p.data_fingerprint for p in prepared]
     data += [f"{p.source_text.fingerprint} (source text)" for p in prepared if p.source_text is not None]
+    elsewhere = [told for record in records if (told := _elsewhere(record))]
     facts = [
         ("Command as typed", _each(sessions, lambda s: s.get("command", ""))),
         (
@@ -33,7 +34,7 @@ def provenance_facts(study: Study, records: Sequence[StudyRecord]) -> list[tuple
             _each(sessions, lambda s: s.get("commit", "") or ("" if "hardware" not in s else "none: installed")),
         ),
         ("Versions", _told(_list_versions(v) for v in versions)),
-        *([("Trained on", _told(elsewhere))] if (elsewhere := list(filter(None, map(_elsewhere, records)))) else []),
+        *([("Trained on", _told(elsewhere))] if elsewhere else []),
         ("Hardware", _each(sessions, lambda s: _hardware(s.get("hardware", {})))),
         ("Operating system", _each(sessions, lambda s: s.get("system", ""))),
         ("Seeds", _seeds(study)),

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from sweep.lora.optim import lr_factor
 from sweep.study.errors import FieldError, first_line
-from sweep.study.files import read_json, write_json
+from sweep.study.files import file_sha256, read_json, write_json
 from sweep.study.records import PretrainSettings, Setup
 from sweep.training.batches import collate, step_rows
 from sweep.training.data import distinct_rows, make_splits, of_classes, row_fingerprint
@@ -90,7 +90,7 @@ def _pretrained(setup: Setup, settings: PretrainSettings) -> ModelPlace:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
 
 
 def _configuration(settings: PretrainSettings) -> Any:
