@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import Threads, records_of, run
+from driving import Threads, journal_view, records_of, run
 from fakes import fake_work, forecast, make_study, probe, train_rung
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ from test_lost_workers import done as done
 from test_lost_workers import found
 from test_lost_workers import home as home
 from test_packing import ready_trials, slot
-from worker_units import with_fault, workers
+from worker_units import wait_for, with_fault, workers
 
 from sweep.driver import phase
 from sweep.driver.packing import Ready, plan_packs
@@ -44,6 +44,27 @@ def test_two_workers_share_what_one_pack_would_hold() -> None:
     assert [len(pack.slots) for pack in plan_packs(ready, 8, 4)] == [2, 2, 2]
     assert [len(pack.slots) for pack in plan_packs(ready, 2, 2)] == [2, 2, 2]
     assert [len(pack.slots) for pack in plan_packs(ready, 8, 1)] == [6]
+
+
+def test_the_next_trials_are_asked_while_every_worker_is_at_work(home: Home, done: Home) -> None:
+    study, both_begun = make_study(), threading.Barrier(2)
+    first_two: list[Unit] = []
+    waited_for: list[int] = []
+
+    def train(unit: Unit) -> tuple[Measurement, ...]:
+        if len(first_two) < 2:
+            first_two.append(unit)
+            both_begun.wait(timeout=60)
+            following = max(trial.number for begun in first_two for trial in begun.trials) + 1
+            wait_for((home.study(study.name).trial(following) / "journal.jsonl").exists, "the next trial")
+            waited_for.append(following)
+        return train_rung(unit)
+
+    with Threads(2) as executor:
+        run(home, study, fake_work(train), executor)
+    assert len(waited_for) == 2
+    # Packs differ with the slots, trials do not.
+    assert journal_view(records_of(home, study)) == journal_view(records_of(done, study))
 
 
 class Meter:

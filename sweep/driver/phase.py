@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Set
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from sweep.driver.checkpoints import refuse_absent
@@ -77,6 +78,7 @@ def run_phase(
     phase.trouble = next(iter(session.trouble), None)
     while phase.running or (phase.trouble is None and (phase.ready or phase.packs or phase.exclusive)):
         _start_packs(phase)
+        _ask_ahead(phase)
         for future in _wait(phase):
             _take_up(phase, phase.running.pop(future), future)
         phase.trouble = phase.trouble or next(iter(session.trouble), None)
@@ -97,6 +99,17 @@ def _start_packs(phase: Phase) -> None:
                 _leave_rung(phase, slot)
             if pack.slots:
                 _begin(phase, pack)
+        except StorageError as away:
+            phase.trouble = away
+
+
+def _ask_ahead(phase: Phase) -> None:
+    """Ask the trials of the packs that come next while every worker is at work, so that none waits for it."""
+    for slot in [slot for pack in islice(phase.packs, phase.slots) for slot in pack.slots]:
+        if phase.trouble is not None or any(future.done() for future in phase.running):
+            return
+        try:
+            ask(phase.session, slot)
         except StorageError as away:
             phase.trouble = away
 
