@@ -30,7 +30,7 @@ from .scale_units import multiply, train_asleep, train_busy
 
 WORKERS, PACK, ARMS = 16, 5, 20
 POINTS = 100  # a trial, in MLflow
-PRODUCTS = 20  # a pack: some tenths of a second
+PRODUCTS = 10  # a pack: some tenths of a second
 
 
 def grid(trials: int, steps: int) -> Study:
