@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,8 @@ def export(
     confirm_code(asked, trust_remote_code)
     from sweep import publishing
 
-    chosen, exported = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache)
+    say = partial(print, flush=True)
+    chosen, exported = publishing.export_chosen(asked, record, arm, trial, to, merge, place.cache, say)
     print(f"{'model' if merge else 'adapter'}: {to} ({chosen.spec.arm.name}, trial {chosen.spec.number})", flush=True)
     if chosen.spec.phase != "confirm":
         print("note: this trial is not confirmed on fresh seeds; a search score chose it")

@@ -202,7 +202,7 @@ def doctor(home: HomeOption = None) -> None:
 
 
 def _run(study: Study, home: Home, executor: ExecutorName) -> None:
-    from sweep import analyses, console, publishing
+    from sweep import console, publishing
     from sweep.driver.driver import Busy, QuestionChanged, StorageError, run_study
     from sweep.driver.progress import is_complete
     from sweep.execution.executor import Executor, InlineExecutor
@@ -227,13 +227,13 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         workers.shutdown()  # analyses and publishing may need their memory
         if was_complete:
             _say(f"study {study.name} is complete: nothing to do")
-        analyses.analyse(study, folder, home.cache, _say)
-        places = publishing.publish(study, folder, projector, home.cache)
+        places = publishing.publish(study, folder, projector, home.cache, _say)
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None
     except (Busy, StorageError, NoWorkers, WorkerLost) as error:
         raise Refused(str(error), code=FAILED) from None
     except KeyboardInterrupt:
+        _complain("stopping")
         workers.shutdown()  # at once: nobody waits for what they do
         projector.finish(SECONDS_TO_TRACK_AFTER_INTERRUPT)
         _complain("interrupted; the state is saved, and the same command goes on from there")

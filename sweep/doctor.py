@@ -126,7 +126,7 @@ def _room(home: Home) -> Iterator[Check]:
 
 def _reach(home: Home) -> Iterator[Check]:
     yield _storage(home)
-    yield _checkpoints()
+    yield _checkpoints(home)
     yield _tracking(home)
     try:
         from sweep.training.locate import hub_problem
@@ -143,10 +143,17 @@ def _reach(home: Home) -> Iterator[Check]:
     )
 
 
+def _in_home(name: str, found: str, home: Home) -> Check:
+    reason = unwritable(home.root)
+    if reason is None:
+        return Check(name, found)
+    return Check(name, f"{found}: the home cannot be written", False, "choose another with --home or SWEEP_HOME")
+
+
 def _storage(home: Home) -> Check:
     url = os.environ.get("SWEEP_STORAGE")
     if not url:
-        return Check("Optuna storage", home.optuna_url)
+        return _in_home("Optuna storage", home.optuna_url, home)
     try:
         from sqlalchemy import create_engine
 
@@ -161,10 +168,10 @@ def _storage(home: Home) -> Check:
     return Check("Optuna storage", without_credentials(url))
 
 
-def _checkpoints() -> Check:
+def _checkpoints(home: Home) -> Check:
     place = os.environ.get("SWEEP_CHECKPOINTS")
     if not place:
-        return Check("checkpoints", "in the home")
+        return _in_home("checkpoints", "in the home", home)
     try:
         try_writing(as_place(place))
     except (FieldError, OSError) as error:
@@ -176,7 +183,7 @@ def _checkpoints() -> Check:
 def _tracking(home: Home) -> Check:
     url = os.environ.get("MLFLOW_TRACKING_URI")
     if not url:
-        return Check("tracking", home.mlflow_url)
+        return _in_home("tracking", home.mlflow_url, home)
     shown = without_credentials(url)
     if not url.startswith(("http://", "https://")):
         return Check("tracking", shown)

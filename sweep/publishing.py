@@ -1,9 +1,10 @@
-"""What follows a complete study: the report and the recommended adapter, once, and both in MLflow; export on demand."""
+"""What follows a complete study, once: analyses, report, recommended adapter, all in MLflow; export on demand."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -11,6 +12,7 @@ from uuid import uuid4
 from sweep.adapters.export import Exported, ExportError, check_in_fresh_process, export
 from sweep.adapters.folders import check_target
 from sweep.adapters.peft_format import is_damaged
+from sweep.analyses import analyse
 from sweep.console import validation_loss
 from sweep.exits import FAILED, Refused
 from sweep.report.confirmed import confirm_trials
@@ -46,9 +48,12 @@ class Places:
     finished_at: float | None = None  # the study of which they tell
 
 
-def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path) -> Places:
-    """Write report and adapter where they do not lie there yet, and bring MLflow up to date."""
-    with locked(folder.path / "publish.lock"):  # the study's own lock is free: another command may be here as well
+def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path, say: Callable[[str], None]) -> Places:
+    """Make the analyses, write report and adapter, each where it does not lie there yet; bring MLflow up to date."""
+    another = f"another `sweep run` writes what study {study.name} found: this one waits for it"
+    # The study's own lock is free by now.
+    with locked(folder.path / "publish.lock", lambda: say(another)):
+        analyse(study, folder, cache, say)
         record = read_study_record(folder)
         places = _published(folder, record.finished_at)
         if places is None:
@@ -99,13 +104,23 @@ def lines(places: Places, name: str, home: Home) -> list[str]:
 
 
 def export_chosen(
-    study: Study, record: StudyRecord, arm: str | None, number: int | None, to: Path, merge: bool, cache: Path
+    study: Study,
+    record: StudyRecord,
+    arm: str | None,
+    number: int | None,
+    to: Path,
+    merge: bool,
+    cache: Path,
+    say: Callable[[str], None],
 ) -> tuple[TrialRecord, Exported]:
-    """Export the trial named by number or arm, or the recommended one; returns it, and what was written."""
+    """Export the trial named by number or arm, or the recommended one; returns it, and what was written.
+
+    say: told what is done, before that takes its time.
+    """
     findings = find(study, record)
     chosen = _choose_trial(record, findings, arm, number)
     try:
-        exported = export(study, record, chosen, to, merge, evidence_for(findings, chosen), cache)
+        exported = export(study, record, chosen, to, merge, evidence_for(findings, chosen), cache, say)
     except ExportError as error:
         raise Refused(str(error), code=FAILED) from None
     return chosen, exported

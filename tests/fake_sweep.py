@@ -88,7 +88,6 @@ def main() -> None:
         "rung": {"train_rung": _trainer(options, fakes.train_rung)},
     }.items():
         sys.modules[f"sweep.training.{name}"] = SimpleNamespace(**functions)  # type: ignore[assignment]
-    sys.modules["sweep.analyses"] = SimpleNamespace(analyse=lambda *args: None)  # type: ignore[assignment]
     sys.modules["sweep.publishing"] = SimpleNamespace(publish=_publish, lines=_lines)  # type: ignore[assignment]
     if not options.get("track"):
         silent = SimpleNamespace(start=lambda: None, finish=lambda *args: None)
@@ -143,7 +142,7 @@ def _set_clock(seconds: float) -> None:
     time.time = lambda: real() + seconds
 
 
-def _publish(study: Any, folder: Any, projector: Any, cache: Path) -> Any:
+def _publish(study: Any, folder: Any, projector: Any, cache: Path, say: Any) -> Any:
     return SimpleNamespace(whole=True, warning=projector.finish(60))
 
 

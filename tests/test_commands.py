@@ -6,7 +6,10 @@ import csv
 import re
 import sqlite3
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,19 @@ def test_export_takes_the_best_confirm_trial_of_the_arm_named_or_recommended(
     assert numbered.spec.number == 1
 
 
+def test_doctor_says_of_a_home_that_cannot_be_written_what_would_lie_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweep.training.locate.hub_problem", lambda: None)
+    for name in ("SWEEP_STORAGE", "SWEEP_CHECKPOINTS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").touch()
+    for home, well in ((tmp_path / "home", True), (tmp_path / "file" / "home", False)):
+        checks = {check.name: check for check in doctor.examine(Home(home))}
+        for name in ("home", "Optuna storage", "checkpoints", "tracking"):
+            assert checks[name].ok is well, name
+
+
 def test_doctor_lists_versions_and_ends_with_0(tmp_path: Path) -> None:
     done = sweep("doctor", "--home", str(tmp_path / "home"), cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,7 +217,7 @@ def publish(home: Home) -> publishing.Places:
     study, folder = quickstart(), home.study(NAME)
     projector = Projector(study, folder, find_tracking(home))
     projector.start()
-    return publishing.publish(study, folder, projector, home.cache)
+    return publishing.publish(study, folder, projector, home.cache, print)
 
 
 def tracked(database: Path) -> tuple[int, Path]:
@@ -210,6 +226,34 @@ def tracked(database: Path) -> tuple[int, Path]:
         (number,) = open_database.execute("SELECT COUNT(*) FROM runs").fetchone()
         ((uri,),) = open_database.execute("SELECT artifact_uri FROM runs WHERE name = 'quickstart (study)'").fetchall()
     return number, Path(uri.removeprefix("file://"))
+
+
+def test_two_commands_at_the_end_of_one_study_write_report_and_adapter_once(
+    published: Home,
+    monkeypatch: pytest.MonkeyPatch,
+    exported: list[TrialRecord],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (published.study(NAME).path / "published.json").unlink()
+    exported.clear()
+    both, stand_in = threading.Barrier(2), publishing.export
+    inside: list[int] = []
+
+    def slow_export(*asked: Any) -> None:
+        inside.append(1)
+        time.sleep(0.5)  # long enough for the other, which would write over it
+        stand_in(*asked)
+
+    def one() -> publishing.Places:
+        both.wait(timeout=60)
+        return publish(published)
+
+    monkeypatch.setattr(publishing, "export", slow_export)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = [pool.submit(one) for _ in range(2)]
+        assert first.result() == second.result()
+    assert inside == [1]
+    assert capsys.readouterr().out.count("another `sweep run` writes what study quickstart found") == 1
 
 
 def test_the_same_command_brings_a_lost_database_back(published: Home, tmp_path: Path) -> None:

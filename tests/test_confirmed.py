@@ -65,7 +65,7 @@ def test_an_arms_export_is_of_the_chosen_rate_though_another_validates_better(
 ) -> None:
     monkeypatch.setattr(publishing, "export", lambda *asked: asked)
     rate = dict(reversed(record.finalists))["r64-ratio2"]
-    asked = study, record, "r64-ratio2", None, tmp_path, False, tmp_path
+    asked = study, record, "r64-ratio2", None, tmp_path, False, tmp_path, print
     trial, _ = publishing.export_chosen(*asked)
     assert trial.spec.learning_rate == rate
     assert validation_loss(trial) > validation_loss(other_of(record, "r64-ratio2")), "the test would be blind"

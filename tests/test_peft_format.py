@@ -16,8 +16,8 @@ from peft_folders import in_peft, inputs_of, logits_in_peft, write_with_peft
 from random_models import FAMILIES, frozen_model
 from safetensors.torch import load_file, save_file
 
-from sweep.adapters.folders import write_adapter
-from sweep.adapters.peft_format import read_adapter, same_base
+from sweep.adapters.folders import write_adapter, write_mark
+from sweep.adapters.peft_format import is_damaged, read_adapter, same_base
 from sweep.adapters.serve import ServingBase
 from sweep.study.errors import FieldError
 from sweep.training.base import Base
@@ -160,6 +160,27 @@ def test_lora_that_goes_with_a_prefix_is_refused_rather_than_read_by_half(tmp_pa
     (folder / "prefix" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
     with pytest.raises(FieldError, match="prefix: a prefix goes with this adapter"):
         read_adapter(folder)
+
+
+def test_damage_is_found_in_a_prefix_and_in_a_base_that_come_along_and_texts_may_be_changed(tmp_path: Path) -> None:
+    family, settings = KINDS["plain"]
+    folder = write_with_peft(family, tmp_path, **settings)
+    weights = ["adapter_model.safetensors", "prefix/adapter_model.safetensors", "base/model.safetensors"]
+    configs = ["adapter_config.json", "prefix/adapter_config.json"]
+    for name in (*weights[1:], configs[1]):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / Path(weights[0] if name in weights else configs[0])).read_bytes())
+    (folder / "README.md").write_text("card")
+    write_mark(folder, {})
+    (folder / "README.md").write_text("my own words")
+    assert not is_damaged(folder)
+    for name in (*weights, *configs):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        assert is_damaged(folder), name
+        (folder / name).write_bytes(content)
+    (folder / weights[1]).unlink()
+    assert is_damaged(folder)
 
 
 def test_bases_are_the_same_by_fingerprint_and_else_by_name(tmp_path: Path) -> None:

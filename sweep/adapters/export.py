@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,18 +66,27 @@ class Exported:
 
 
 def export(
-    study: Study, record: StudyRecord, trial: TrialRecord, to: Path, merge: bool, evidence: str, cache: Path
+    study: Study,
+    record: StudyRecord,
+    trial: TrialRecord,
+    to: Path,
+    merge: bool,
+    evidence: str,
+    cache: Path,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write a trial's adapter (or, with merge, the whole model) to a folder, and check it in a fresh process.
 
-    evidence: the report's sentences about the arm, for the model card. The folder appears only once its logits equal
-    ours. Both are over the base in full precision: one that was trained in 4 or 8 bits is read whole here, and merged
-    whole. Raises ExportError, or FieldError where model or data can no longer be used, and as `check_target` does.
+    evidence: the report's sentences about the arm, for the model card. say: told before the base is read.
+    The folder appears only once its logits equal ours. Both are over the base in full precision: one that was trained
+    in 4 or 8 bits is read whole here, and merged whole. Raises ExportError, or FieldError where model or data can no
+    longer be used, and as `check_target` does.
     """
     weights = _weights_of(trial, merge)
     check_target(to, study.name)
     if record.prepared is None:
         raise ExportError(f"study {study.name} has no prepared model and data; run it first")
+    say(f"exporting trial {trial.spec.number} ({trial.spec.arm.name}), and loading it back in a fresh process")
     setup = study.setup(str(cache))
     place = find_base(setup)
     data = load_data(setup, place)

@@ -70,9 +70,13 @@ def write_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str],
 
 
 def write_mark(folder: Path, told: Mapping[str, Any]) -> None:
-    """Write `sweep.json` as the last file of a folder: what we tell of it, our files, an adapter's digests."""
+    """Write `sweep.json` as the last file of a folder: what we tell of it, our files, the digests of an adapter's.
+
+    Of texts that people may change (README.md, a tokenizer's settings) there are none.
+    """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    digests = {name: file_sha256(folder / name) for name in (CONFIG, TENSORS) if CONFIG in files and name in files}
+    weights = [name for name in files if PurePosixPath(name).suffix == ".safetensors" or name.endswith(CONFIG)]
+    digests = {name: file_sha256(folder / name) for name in weights if CONFIG in files}
     mark = {"sweep": __version__, **told, "files": [*files, MARK], "sha256": digests}
     (folder / MARK).write_text(json.dumps(mark, indent=1))
 

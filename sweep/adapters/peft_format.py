@@ -79,7 +79,7 @@ class _Mark(BaseModel):
     labels: list[str] = []
     task: str | None = None
     model_fingerprint: str | None = None
-    sha256: dict[str, str] = {}  # of configuration and tensors, by their names in the folder
+    sha256: dict[str, str] = {}  # of configurations and tensors, by their paths in the folder
 
 
 Form = TypeVar("Form", bound=BaseModel)
@@ -205,7 +205,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
 
 
 def is_damaged(folder: Path) -> bool:
-    """Whether configuration or tensors are no longer those that sweep wrote there."""
+    """Whether configurations or tensors, also of its prefix and its own base, are no longer those that sweep wrote."""
     try:
         _read_mark(folder)
     except FieldError:
@@ -216,14 +216,12 @@ def is_damaged(folder: Path) -> bool:
 def _read_mark(folder: Path) -> _Mark:
     """What we left beside an adapter, empty where others wrote it. Refuses files that are not those it tells of."""
     mark = _valid(folder, MARK, _read_json(folder, MARK) if (folder / MARK).exists() else {}, _Mark)
-    for name in (CONFIG, TENSORS):
-        if name not in mark.sha256:
-            continue
+    for name, written in mark.sha256.items():
         try:
             found = file_sha256(_inside(folder, name))
         except OSError as error:
             _refuse(folder, name, f"cannot be read: {error.strerror}")
-        if found != mark.sha256[name]:
+        if found != written:
             why = f"is not what sweep wrote (its sha256 differs from that in {MARK}); write it anew, or without {MARK}"
             _refuse(folder, name, f"{why} it is read as it is")
     return mark

@@ -43,6 +43,7 @@ def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared
     key = _calibration_key(setup, prepared, arms)
     path = Path(setup.cache) / f"calibration-{key}.json"
     figures: list[dict[str, Any]] | None = read_json(path)
+    kept = figures is not None
     if figures is None:
         figures = _measure(setup, prepared, arms)
         write_json(path, figures)
@@ -53,6 +54,7 @@ def calibrate(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> Prepared
         attention=best["attention"],
         pack_size=best["pack_size"],
         calibration=tuple(figures),
+        calibration_kept=kept,
     )
 
 

@@ -94,4 +94,4 @@ def flipped(content: bytes, at: int) -> bytes:
 def publish(study: Study, home: Home) -> Places:
     """As the command does at its end, without MLflow."""
     projector: Any = SimpleNamespace(finish=lambda *what: "")
-    return publishing.publish(study, home.study(study.name), projector, home.cache)
+    return publishing.publish(study, home.study(study.name), projector, home.cache, print)
