@@ -21,9 +21,11 @@ from tracked import view
 from sweep.study.home import Home, StudyFolder
 from sweep.study.records import COMPLETE, CONFIRM, INFEASIBLE, PRUNED, SEARCH
 from sweep.study.schema import Study
+from sweep.tracking.connection import connect
 from sweep.tracking.entities import run_name
-from sweep.tracking.journal import append, append_end, read_study_record
+from sweep.tracking.journal import append, append_end, read_events, read_study_record
 from sweep.tracking.mlflow import Projector, Tracking, dashboard_address, dashboard_command, find_tracking, project
+from sweep.tracking.view import Outcome, open_view, update
 
 PARAMS = {
     "arm", "phase", "seed", "method", "r", "lora_alpha", "alpha_ratio", "scaling", "target_modules", "learning_rate",
@@ -233,6 +235,19 @@ def test_only_what_is_new_is_sent_while_the_study_runs(
     sent.clear()
     project(study, folder, find_tracking(home))
     assert sum(sent) == 15 + 2
+
+
+def test_a_long_backlog_is_sent_in_parts_and_all_of_it_in_the_end(home: Home, study: Study) -> None:
+    folder, tracking = journals.whole_study(home, study), find_tracking(home)
+    trials = len(read_study_record(folder).trials)
+    sent = open_view(connect(tracking), study, read_events(folder.journal)[0]["time"], tracking)
+    for times in (1, 2, 3):
+        update(sent, study, folder, Outcome(), seconds=0.0)
+        held = view(tracking, study)
+        assert len(held.children) == times < trials and held.parent.info.status == "RUNNING"
+    update(sent, study, folder, Outcome())
+    held = view(tracking, study)
+    assert len(held.children) == trials and held.parent.info.status == "FINISHED"
 
 
 def test_a_trial_that_does_not_fit_was_ended_and_did_not_fail(home: Home, study: Study) -> None:

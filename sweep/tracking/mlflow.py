@@ -5,6 +5,7 @@ One experiment a study, one parent run, one child run a trial.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 EVERY_S = 3.0
+AT_ONCE_S = 1.0  # of CPU time: a long backlog sent in one go would take a core from training for as long
 
 
 def project(
@@ -114,17 +116,21 @@ class Projector:
         while True:
             last = self._finishing.wait(pause)
             began = time.monotonic()
-            view = self._try(view)
+            view = self._try(view, math.inf if last else AT_ONCE_S)
             if last:
                 if self._error is not None and is_database(self._tracking.uri):
-                    self._try(None)  # a file that was removed since the last time is made anew
+                    self._try(None, math.inf)  # a file that was removed since the last time is made anew
                 return
             pause = max(EVERY_S, 10 * (time.monotonic() - began))  # at most a tenth of one core
 
-    def _try(self, view: View | None) -> View | None:
-        """Project; returns what MLflow holds by then. After an error training goes on; the next time tries again."""
+    def _try(self, view: View | None, seconds: float) -> View | None:
+        """Project; returns what MLflow holds by then. After an error training goes on, and the next time tries again.
+
+        seconds: see `update`.
+        """
         try:
-            view, self._error = _project(view, self._study, self._folder, self._tracking, self._outcome), None
+            view = _project(view, self._study, self._folder, self._tracking, self._outcome, seconds)
+            self._error = None
         except Exception as error:
             view, self._error = None, error
         return view
@@ -174,13 +180,20 @@ def dashboard_address(home: Home, root: str, study: str | None = None) -> str:
     return f"{root}/#/experiments/{experiment.experiment_id}/runs{WORKFLOW}{saved}"
 
 
-def _project(view: View | None, study: Study, folder: StudyFolder, tracking: Tracking, outcome: Outcome) -> View | None:
+def _project(
+    view: View | None,
+    study: Study,
+    folder: StudyFolder,
+    tracking: Tracking,
+    outcome: Outcome,
+    seconds: float = math.inf,
+) -> View | None:
     events = read_events(folder.journal)
     if not any(event["event"] == "prepared" for event in events):
         return None  # the question may still be refused and mended, and a param can never change
     with locked(folder.path / "mlflow.lock"):
         view = view or open_view(connect(tracking), study, events[0]["time"], tracking)
-        update(view, study, folder, outcome)
+        update(view, study, folder, outcome, seconds)
         return view
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,11 @@ def open_view(client: MlflowClient, study: Study, started: float, tracking: Trac
     return View(client, experiment_id, run.info.run_id, run.info.status, params, tags, has_data, projected)
 
 
-def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome) -> None:
-    """Send what the journal and the outcome have and MLflow does not."""
+def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome, seconds: float = math.inf) -> None:
+    """Send what the journal and the outcome have and MLflow does not.
+
+    seconds: of this thread's CPU time for sending trials; once they are over the rest is left for the next time.
+    """
     journal = _journal_fingerprint(folder)  # before reading: what is written meanwhile is for the next time
     told = _outcome_fingerprint(outcome) if outcome != Outcome() else view.tags.get(OUTCOME)
     if view.projected == journal and view.tags.get(OUTCOME) == told:
@@ -119,8 +123,13 @@ def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome) -> N
         view.children = find_children(view)
     record = read_study_record(folder)
     _describe_parent(view, study, record)
+    sending = 0.0
     for trial in record.trials:
-        _project_trial(view, view.children, trial, record)
+        began = time.thread_time()
+        if _project_trial(view, view.children, trial, record):
+            sending += time.thread_time() - began
+        if sending > seconds:
+            return
     if view.tags.get(OUTCOME) != told:
         _log_outcome(view, study, outcome, str(told))
     _end_parent(view, record, journal, outcome)
@@ -181,7 +190,8 @@ def _describe_parent(view: View, study: Study, record: StudyRecord) -> None:
         view.has_data = True
 
 
-def _project_trial(view: View, children: dict[int, Child], trial: TrialRecord, record: StudyRecord) -> None:
+def _project_trial(view: View, children: dict[int, Child], trial: TrialRecord, record: StudyRecord) -> bool:
+    """Send what is new of a trial; whether there was any."""
     from mlflow.entities import RunTag
 
     spec, client = trial.spec, view.client
@@ -197,7 +207,7 @@ def _project_trial(view: View, children: dict[int, Child], trial: TrialRecord, r
     cost = None if child.costed else record.costs.get(spec.arm.cost_key)
     status = STATUS.get(state, "RUNNING")
     if not fresh and not cost and child.described and (state, status) == (child.state, child.status):
-        return
+        return False
     for start in range(0, max(1, len(fresh)), BATCH):
         batch = fresh[start : start + BATCH]
         sent = child.points + len(batch)
@@ -214,6 +224,7 @@ def _project_trial(view: View, children: dict[int, Child], trial: TrialRecord, r
     if status != child.status:
         _set_status(client, child.run_id, status, trial.ended_at or record.finished_at)
         child.status = status
+    return True
 
 
 def _log_outcome(view: View, study: Study, outcome: Outcome, told: str) -> None:
