@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.scale [--parts driver mlflow report] [--trials 1000] [--repeats 3] [--out DIR]
 
-Writes DIR/scale.json. Nothing is trained: the workers sleep, and where training has to be slowed to be seen it is
-matrix products. Journals, checkpoints, Optuna's and MLflow's SQLite databases and the report are the real ones.
+Writes DIR/scale.json; parts that are not asked for keep what it holds of them. Nothing is trained: the workers sleep,
+and where training has to be slowed to be seen it is matrix products. Journals, checkpoints, Optuna's and MLflow's
+SQLite databases and the report are the real ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .records import provenance, write_json
-from .scale_records import Scale
+from .scale_records import Scale, read_scale
 
 PARTS = ("driver", "mlflow", "report")
 SECONDS_A_PACK = (0.0, 2.0, 5.0)  # 0: the driver is all that there is to wait for
@@ -25,7 +26,10 @@ def main(words: Sequence[str]) -> Scale:
     from .scale_parts import drive, report, track  # here, for each worker process imports this module
 
     given = parse(words)
-    found = Scale(provenance())
+    path = given.out / "scale.json"
+    found = read_scale(path) if path.exists() else Scale()
+    for part in given.parts:
+        found.begin(part, provenance())
     for repetition in range(given.repeats):
         if "driver" in given.parts:
             for seconds in SECONDS_A_PACK:
@@ -36,7 +40,7 @@ def main(words: Sequence[str]) -> Scale:
             found.tracked += [track(given.trials, tracked, repetition) for tracked in order]
         if "report" in given.parts:
             found.reported.append(report(10 * given.trials, repetition))
-        write_json(found, given.out / "scale.json")
+        write_json(found, path)
         print(found, file=sys.stderr, flush=True)
     return found
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .records import Provenance
 
@@ -55,16 +56,24 @@ class Reported:
 
 @dataclass
 class Scale:
-    provenance: Provenance
+    """What each part found, and in which run."""
+
+    provenance: dict[str, Provenance] = field(default_factory=dict)  # by part
     driven: list[Driven] = field(default_factory=list)
     tracked: list[Tracked] = field(default_factory=list)
     reported: list[Reported] = field(default_factory=list)
+
+    def begin(self, part: str, provenance: Provenance) -> None:
+        """Forget what an earlier run found of a part."""
+        self.provenance[part] = provenance
+        found: dict[str, list[Any]] = {"driver": self.driven, "mlflow": self.tracked, "report": self.reported}
+        found[part].clear()
 
 
 def read_scale(path: Path) -> Scale:
     raw = json.loads(path.read_text())
     return Scale(
-        Provenance(**raw["provenance"]),
+        {part: Provenance(**entry) for part, entry in raw["provenance"].items()},
         [Driven(**{**entry, "driver_cpu_ms": tuple(entry["driver_cpu_ms"])}) for entry in raw["driven"]],
         [Tracked(**entry) for entry in raw["tracked"]],
         [Reported(**entry) for entry in raw["reported"]],

@@ -13,8 +13,12 @@ GOAL_OVERHEAD_MS, GOAL_REPORT_S = 5.0, 30.0
 
 def scale_markdown(found: Scale) -> str:
     """Medians over repetitions, every repetition beside them, and whether the goals are met."""
-    parts = [*_driver(found.driven), "", *_mlflow(found.tracked), "", *_report(found.reported), ""]
-    return "\n".join([*parts, source(found.provenance)]) + "\n"
+    tables = {"driver": _driver(found.driven), "mlflow": _mlflow(found.tracked), "report": _report(found.reported)}
+    lines = []
+    for part, told in tables.items():
+        made_by = ["", source(found.provenance[part])] if part in found.provenance else []
+        lines += [*told, *made_by, ""]
+    return "\n".join(lines)
 
 
 def _driver(driven: Sequence[Driven]) -> list[str]:
