@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,17 @@ def cluster(*cpus: int) -> Iterator[Nodes]:
 def raylet(node: Any) -> psutil.Process:
     """The daemon of a node, whose children are its workers."""
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself, nothing where it has ended: Ray's workers say what they run."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def is_in_a_unit(worker: psutil.Process) -> bool:
+    return title(worker).startswith("ray::Actor.run")
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import clusters
 import psutil
 import pytest
-from clusters import Nodes, soon
+from clusters import Nodes, is_in_a_unit, soon, title
 from servers import free_port
 from worker_units import is_alive
 
@@ -152,25 +152,32 @@ def test_a_cluster_of_ones_own_listens_on_this_machine_alone_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_what_a_killed_driver_left_of_its_own_cluster_goes_with_the_next() -> None:
+def test_what_a_killed_driver_left_of_its_own_cluster_ends_by_itself_and_its_folder_goes_with_the_next() -> None:
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as short:  # and nobody else's
-        killed, alive = (own_cluster(Path(short), "{}", "0") for _ in range(2))
+        killed, alive = (own_cluster(Path(short), "{}", unit) for unit in ("__import__('time').sleep(600)", "0"))
         family = [*family_of(killed), *family_of(alive)]
         try:
-            for command in (killed, alive):
+            for command, said in ((killed, []), (alive, ["0\n"])):
                 assert command.stdout is not None
-                assert command.stdout.readline() == "1 worker on 1 Ray node\n" and command.stdout.readline() == "0\n"
-            family = [*family_of(killed), *family_of(alive)]
-            folder, other = folder_of(family_of(killed)), folder_of(family_of(alive))
+                assert [command.stdout.readline() for _ in range(1 + len(said))] == ["1 worker on 1 Ray node\n", *said]
+            soon(lambda: any(is_in_a_unit(process) for process in family_of(killed)))
+            orphans = family_of(killed)
+            family = [*orphans, *family_of(alive)]
+            folder, other = folder_of(orphans), folder_of(family_of(alive))
+            assert {process.name() for process in orphans} >= {"raylet", "gcs_server"}
+            workers = [process for process in orphans if title(process).startswith(("ray::Actor", "ray::IDLE"))]
             killed.kill()
             killed.communicate(timeout=60)
+            wait_gone(workers, 30)
             assert folder.exists()
             assert driver("", TMPDIR=short, HOME=short) == "1 worker on 1 Ray node\n0\n"
             assert not folder.exists() and other.exists()
+            wait_gone(orphans, 120)  # Ray's agents take a minute to see that their node is gone
+            assert not folder.exists()
             assert alive.communicate("\n", timeout=60) == ("", None) and alive.returncode == 0
             assert not other.exists()
         finally:
-            for process in family:  # Ray's agents take a minute to see that their node is gone
+            for process in family:  # where the test failed
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
 
@@ -188,6 +195,14 @@ def own_cluster(root: Path, asked: str, unit: str) -> subprocess.Popen[str]:
 
 def family_of(command: subprocess.Popen[str]) -> list[psutil.Process]:
     return [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
+
+
+def wait_gone(family: list[psutil.Process], seconds: float) -> None:
+    """Until they have ended, with nobody's help."""
+    deadline = time.monotonic() + seconds
+    while left := [process for process in family if is_alive(process.pid) and process.is_running()]:
+        assert time.monotonic() < deadline, f"still there after {seconds:g} s: {left}"
+        time.sleep(0.1)
 
 
 def folder_of(family: list[psutil.Process]) -> Path:

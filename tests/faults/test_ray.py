@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -20,15 +21,12 @@ from clusters import Nodes, soon
 from driving import records_of, run, undisturbed
 from fakes import fake_work, make_study
 from test_lost_workers import found
-from test_packing import slot
 from test_workers import assert_same, quickstart, record_of, running, wait_for_results
 from test_workers import finish as wait_for_end
 from worker_units import is_alive, pid, wait_for
 
-from sweep.driver.failures import decide
-from sweep.driver.packing import Pack
 from sweep.execution.ray import RayExecutor
-from sweep.study.errors import NoWorkers, WorkerLost, is_out_of_memory
+from sweep.study.errors import NoWorkers, WorkerLost
 from sweep.study.home import Home
 from sweep.study.records import INFEASIBLE
 from sweep.study.schema import Resources
@@ -57,6 +55,17 @@ def executor_on(nodes: Nodes, patience: float = 60.0, **asked: Any) -> Iterator[
 
 def node_of(nodes: Nodes, worker: int) -> Any:
     return next(n for n in nodes.cluster.worker_nodes if clusters.raylet(n).pid == psutil.Process(worker).ppid())
+
+
+def stopped_at_work(nodes: Nodes) -> psutil.Process | None:
+    """A worker that stands still in the middle of a unit, so that it surely does not end it."""
+    for node in nodes.cluster.worker_nodes:
+        for worker in filter(clusters.is_in_a_unit, clusters.raylet(node).children()):
+            worker.suspend()
+            if clusters.is_in_a_unit(worker):
+                return worker
+            worker.resume()
+    return None
 
 
 def assert_calm(home: Home, calm: Home) -> None:
@@ -150,14 +159,26 @@ def test_without_any_node_the_study_stops_and_goes_on_once_there_is_one(
     happens="units wait, and a node that comes in time takes them",
     lost="nothing",
 )
-def test_a_unit_waits_for_a_node_that_comes_in_time(nodes: Nodes) -> None:
+def test_units_wait_for_a_node_that_comes_in_time(nodes: Nodes, calm: Home, tmp_path: Path) -> None:
+    home, marks = Home(tmp_path / "home"), tmp_path / "marks"
+    marks.mkdir()
     with executor_on(nodes, patience=20.0, cpus=1.0) as executor:
+        study = Thread(target=run, args=(home, make_study(), units.slow_work(marks, 0.5), executor))
+        study.start()
+        soon(lambda: units.done(marks) >= 2 and units.begun(marks))
+        nodes.kill_all()
+        soon(lambda: executor.describe() == "0 workers on 0 Ray nodes")
+        before = units.done(marks)
+        nodes.add()
+        study.join(120)
+        assert not study.is_alive() and units.done(marks) > before
+        assert_calm(home, calm)
         nodes.kill_all()
         soon(lambda: isinstance(executor.submit(pid).exception(), NoWorkers))
         assert executor.slots == 1
         waiting = executor.submit(pid)
         nodes.add()
-        assert waiting.result(60)
+        assert waiting.result(60), "too late for one unit, in time for the next"
         nodes.add()
         soon(lambda: executor.slots == 2)
 
@@ -231,7 +252,7 @@ def test_a_head_that_is_killed_is_told_of_and_the_same_command_goes_on_with_anot
 @pytest.mark.slow
 @pytest.mark.fault(
     case="a Ray worker killed while a probe of its own runs",
-    happens="the probe's processes end with it, and another worker makes the probe",
+    happens="seen at the executor alone: the probe's processes end with it, and another worker takes its place",
     lost="nothing",
 )
 @pytest.mark.parametrize("how", ["killed", "ended", "node killed"])
@@ -258,24 +279,29 @@ def test_the_processes_of_a_probe_end_with_their_worker(nodes: Nodes, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.fault(
     case="a Ray node that runs out of memory",
-    happens="Ray ends its worker, and that counts as out of memory: the pack is tried in halves, then each trial alone",
-    lost="what does not fit on the node, which is a result",
+    happens="Ray ends its worker, and that counts as out of memory: the pack is tried in halves, then a trial alone, "
+    "which tells for all that cost the same; the others finish",
+    lost="nothing: that a trial does not fit is a result",
 )
-def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes) -> None:
+def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes, calm: Home, tmp_path: Path) -> None:
     """The node is short of memory once 1.5 GiB more are taken than now, however much the machine has."""
+    home, study = Home(tmp_path / "home"), make_study()
     memory, room = psutil.virtual_memory(), 3 * 2**29
     threshold = (memory.total - memory.available + room) / memory.total
     node = nodes.add(1, gpus=1, RAY_memory_usage_threshold=f"{threshold:.6f}", RAY_memory_monitor_refresh_ms="100")
     with executor_on(nodes, gpus=1.0) as executor:
-        error = executor.submit(units.fill, 3 * room).exception(120)
-        assert is_out_of_memory(error) and str(error) == "Ray ended it, since 127.0.0.1 ran out of memory"
-        assert executor.submit(pid).result(60), "another worker takes its place"
+        heard = run(home, study, fake_work(partial(units.train_but_fill, 3 * room, 2)), executor)
     nodes.kill(node)
-    pack = Pack((slot(0, 2), slot(1, 2)), 0, 1)
-    halves = decide(pack, error, shared=True).again
-    assert [[one.index for one in half.slots] for half in halves] == [[0], [1]]
-    (alone,) = decide(halves[0], error, shared=True).again
-    assert alone.exclusive and decide(alone, error, shared=True).state == INFEASIBLE
+    why = "Ray ended it, since 127.0.0.1 ran out of memory"
+    halved = [p.message for p in heard if "failed together and are tried in halves: " in p.message]
+    assert len(halved) >= 2 and all(why in message for message in halved)
+    small = [trial for trial in records_of(home, study).trials if trial.spec.arm.r == 2]
+    assert len(small) == 6 and {trial.state for trial in small} == {INFEASIBLE}
+    reasons = [trial.reason for trial in small if "as trial" not in trial.reason]
+    assert reasons == [f"does not fit on this device (MemoryError: {why})"]
+    assert (heard[-1].infeasible, heard[-1].failed) == (6, 0) and records_of(home, study).finished_at
+    others = [{k: v for k, v in found(of, study).items() if not k[0].startswith("r2-")} for of in (home, calm)]
+    assert others[0] == others[1]
 
 
 @pytest.mark.fault(
@@ -312,9 +338,12 @@ def test_a_study_on_two_nodes_has_the_loss_curves_of_one_in_this_process(nodes: 
         running(tmp_path / "shaken", quickstart(tmp_path, "--executor", "ray"), "quickstart") as shaken,
     ):
         wait_for_results(shaken, 2)
-        victim = next(iter(nodes.cluster.worker_nodes))
-        nodes.kill(victim)
+        worker = soon(lambda: stopped_at_work(nodes))
+        nodes.kill(node_of(nodes, worker.pid))
+        worker.kill()
         nodes.add()
         code, log = wait_for_end(shaken)
         assert code == 0 and "2 workers on 2 Ray nodes" in log, log
+        said = " ".join(log.split())
+        assert re.search(r"was lost, and another tries again: [^:]*its Ray node 127\.0\.0\.1", said), log
     assert_same(record_of(shaken), record_of(calm), 1e-5)

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from clusters import soon
+from clusters import soon, title
 from commands import SWEEP
 from compose_file import ROOT, SECRETS, resolved
 from tracked import view
@@ -63,12 +62,12 @@ SOON_DEAD = {  # a node that does not answer is dead after some 6 s and not afte
 
 
 @pytest.fixture
-def boxes() -> Iterator[dict[str, list[Box]]]:
+def boxes(request: pytest.FixtureRequest) -> Iterator[dict[str, list[Box]]]:
     root = Path(tempfile.mkdtemp(prefix="twin", dir="/tmp"))  # a short name, open to PostgreSQL's user
     boxes: dict[str, list[Box]] = {}
     try:
         root.chmod(0o755)
-        boxes = unbox(resolved(), root)
+        boxes = unbox(resolved(getattr(request, "param", "cpu")), root)
         yield boxes
     finally:
         for box in every(boxes):
@@ -105,21 +104,24 @@ def test_the_quickstart_over_two_nodes_ends_with_the_answer_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("boxes", ["cpu,gpu"], indirect=True, ids=["both"])
 @pytest.mark.fault(
     case="a Ray node of docker-compose.yml stands still, run without containers",
     happens="its health check fails once the head holds it for dead; those of the others do not",
     lost="nothing",
 )
 def test_the_worker_whose_node_the_head_holds_for_dead_is_alone_unhealthy(boxes: dict[str, list[Box]]) -> None:
-    (head,), (lost, other) = boxes["ray-head"], boxes["ray-worker"]
+    """That of the service for GPUs is among the others, on this machine perhaps without any."""
+    (head,), (lost, other), (gpu,) = boxes["ray-head"], boxes["ray-worker"], boxes["ray-worker-gpu"]
     boxes["ray-head"] = [replace(head, env={**head.env, **SOON_DEAD})]
-    first = up(boxes, "ray-worker")
-    for box in (lost, other):
+    first = up(boxes, "ray-worker", "ray-worker-gpu")
+    for box in (lost, other, gpu):
         wait_healthy(box, first[box.name])
     (raylet,) = [process for process in processes_in(lost) if process.name() == "raylet"]
     raylet.suspend()
     soon(lambda: "no living Ray node at" in (trouble_of(lost) or ""), 120)
-    assert raylet.status() == psutil.STATUS_STOPPED and is_healthy(other) and is_healthy(head)
+    assert raylet.status() == psutil.STATUS_STOPPED and all(is_healthy(box) for box in (other, gpu, head))
+    assert not stop(gpu, first[gpu.name]), "its own command ends all that it started"
     raylet.resume()
     for box in (lost, other, head):  # Ray's agents outlive by a minute a node that is killed
         stop(box, first[box.name])
@@ -177,14 +179,8 @@ def busy(workers: Sequence[Box], home: Home, driver: subprocess.Popen[bytes]) ->
 
 
 def titles(box: Box, beginning: str) -> list[str]:
-    """What the box's processes call themselves: Ray's say what they run."""
-    found = []
-    for process in processes_in(box):
-        with suppress(psutil.Error):
-            title = " ".join(process.cmdline())
-            if title.startswith(beginning):
-                found.append(title)
-    return found
+    """What the box's processes call themselves."""
+    return [said for said in map(title, processes_in(box)) if said.startswith(beginning)]
 
 
 def record_in(home: Home) -> StudyRecord:
