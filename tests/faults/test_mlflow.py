@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -211,9 +212,9 @@ def test_a_removed_database(home: Home, new_database: Path) -> None:
     code, output = fake_sweep.finish(process)
     assert code == 0 and "warning" not in output, output
     check_tracked(home, home.mlflow_url)
-    registry = connect(Tracking(home.mlflow_url, None))
-    registry.create_registered_model("mine")
+    connect(Tracking(home.mlflow_url, None)).create_registered_model("mine")
     file.unlink()
     assert "warning" not in run(home, TRACKED, None)
-    check_tracked(home, home.mlflow_url)
-    assert not connect(Tracking(home.mlflow_url, None)).search_registered_models(), "no journal tells of it"
+    anew = Path(shutil.copy(file, home.root / "anew.db"))  # by its old name this process still has the one removed
+    check_tracked(home, f"sqlite:///{anew}")
+    assert not connect(Tracking(f"sqlite:///{anew}", None)).search_registered_models(), "no journal tells of it"
