@@ -205,6 +205,7 @@ MUTATIONS = (
     Mutation(
         "the NaN guard removed", OPTIM, "alive and self.step_count < r.steps for", "self.step_count < r.steps for"
     ),
+    Mutation("an infinite loss stops nothing", OPTIM, "torch.isfinite(loss_K)", "~torch.isnan(loss_K)"),
     Mutation(
         "a NaN stops all",
         OPTIM,

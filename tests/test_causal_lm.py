@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from test_kill import environment
 
 from sweep.study.home import Home
 from sweep.tracking.journal import read_study_record
@@ -38,9 +38,8 @@ def test_causal_lm_study_runs_small_from_a_gguf_file_to_an_adapter_that_peft_loa
     overrides = [*SMALL, f"data.source={tmp_path / 'topics.txt'}"]
     words = [word for override in overrides for word in ("--set", override)]
     sweep, study = str(Path(sys.executable).with_name("sweep")), str(Path("studies/causal-lm.yaml").absolute())
-    env = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SWEEP_STORAGE", "SWEEP_HOME")}
     done = subprocess.run(
-        [sweep, "run", study, *words, "--home", "home"], cwd=tmp_path, capture_output=True, text=True, env=env
+        [sweep, "run", study, *words, "--home", "home"], cwd=tmp_path, capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 0, done.stderr
     record = read_study_record(Home(tmp_path / "home").study("causal-lm"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import transformers
 from chat_tokenizers import PLAIN, small_tokenizer
 from commands import SWEEP
+from test_kill import environment
 
 from sweep.study.home import Home
 from sweep.tracking.journal import read_study_record
@@ -71,10 +71,13 @@ def test_chat_study_runs_small_to_an_adapter_that_peft_loads(tmp_path: Path) -> 
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
     overrides = [*SMALL, f"model={tmp_path / 'model'}", f"data.source={tmp_path / 'chat.jsonl'}"]
     words = [word for override in overrides for word in ("--set", override)]
-    env = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SWEEP_STORAGE", "SWEEP_HOME")}
     study = str(Path("studies/chat.yaml").absolute())
     done = subprocess.run(
-        [*SWEEP, "run", study, *words, "--home", "home"], cwd=tmp_path, capture_output=True, text=True, env=env
+        [*SWEEP, "run", study, *words, "--home", "home"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
 

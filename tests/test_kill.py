@@ -41,7 +41,9 @@ def command(home: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SWEEP_STORAGE", "SWEEP_HOME")}
+    """Without what would move any of a study's state out of its home."""
+    moves = ("MLFLOW_TRACKING_URI", "SWEEP_CHECKPOINTS", "SWEEP_HOME", "SWEEP_STORAGE")
+    return {name: value for name, value in os.environ.items() if name not in moves}
 
 
 def run(home: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:

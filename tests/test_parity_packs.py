@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -126,6 +127,18 @@ def test_a_trial_whose_loss_is_not_finite_stops_alone(family: Family) -> None:
     for name, value in lived.weights.items():
         assert torch.isfinite(stopped.weights[name]).all()
         torch.testing.assert_close(stopped.weights[name], value, atol=0, rtol=1e-5)
+
+
+def test_an_infinite_loss_stops_its_trial_though_every_gradient_is_finite() -> None:
+    """As where a row's logits lie so far apart that their difference is no float32: the slope there is 1."""
+    family = FAMILIES["bert"]
+    trials = mixed_pack(family)[:4]
+    trainee = start_pack(family, trials, Run())
+    try:
+        trainee.step(torch.tensor([1.0, math.inf, 1.0, -math.inf]))
+        assert trainee.alive_K.tolist() == [True, False, True, False]
+    finally:
+        trainee.close()
 
 
 @EVERY_FAMILY

@@ -151,6 +151,19 @@ def run_with(*sets: str) -> Fail:
     return lambda place: (["run", "study.yaml", *(word for one in sets for word in ("--set", one))], {})
 
 
+def tracked_at(url: str) -> Fail:
+    """The dashboard of a study that has run asks MLflow for it."""
+
+    def fail(place: Path) -> tuple[list[str], dict[str, str]]:
+        study = read_study(QUICKSTART).study
+        folder = Home(place / "home").study(study.name)
+        folder.path.mkdir(parents=True)
+        write_question(study, folder)
+        return ["dashboard", study.name], {"MLFLOW_TRACKING_URI": url}
+
+    return fail
+
+
 FAILURES: dict[str, Fail] = {
     "no server": storage(f"postgresql://me:{ENCODED}@127.0.0.1:9/db"),
     "a password that is not encoded": storage(f"postgresql://me:{PASSWORD}@127.0.0.1:9/db"),
@@ -164,7 +177,8 @@ FAILURES: dict[str, Fail] = {
     "a data set's address": run_with(f"data.source=https://me:{PASSWORD}@h/rows.csv?token={CANARY}"),
     "an unknown key": run_with(f"storage_url=postgresql://me:{PASSWORD}@h/db"),
     "no yaml": run_with(f"storage=[postgresql://me:{PASSWORD}@h/db"),
-    "no tracking server": lambda place: (["report", "nothing"], {"MLFLOW_TRACKING_URI": f"http://me:{PASSWORD}@h:9"}),
+    "no tracking server": tracked_at(f"http://me:{ENCODED}@127.0.0.1:9"),
+    "no tracking server, its password not encoded": tracked_at(f"http://me:{PASSWORD}@127.0.0.1:9"),
 }
 
 
@@ -185,6 +199,7 @@ def test_a_command_that_fails_tells_no_secret(
         cli.main()
     said = capfd.readouterr()
     assert ended.value.code in (1, 2) and said.err
+    assert ("127.0.0.1:9/api/2.0/mlflow/" in said.err) == ("MLFLOW_TRACKING_URI" in more), "MLflow was asked, or not"
     assert CANARY not in said.out + said.err, said
     assert bool(debug) == said.err.startswith("Traceback")
     assert spilled(tmp_path) == []

@@ -32,6 +32,7 @@ SECRET_NAME = re.compile(
 )
 ADDRESS_NAME = re.compile(r"(?:URI|URL|DSN|PROXY|STORAGE|CHECKPOINTS|ENDPOINT|CONNECTION|ADDRESS)$", re.IGNORECASE)
 IN_VALUE = re.compile(r"\w://[^/\s:@]*:(\S*)@|(?:password|passwd|token)=('[^']*'|[^\s&;]+)", re.IGNORECASE)
+IN_URL = re.compile(r"[/?#@:]")  # what parts a URL
 SHORTEST = 6  # of a secret that is looked for by itself
 
 
@@ -84,6 +85,8 @@ def _secrets_around() -> Iterator[str]:
         if kind is not None:
             value = os.environ.get(name, "")
             found = [value] if kind is SECRET_NAME else [one for pair in IN_VALUE.findall(value) for one in pair]
+            if kind is ADDRESS_NAME:  # whoever parses a password that is not encoded may tell of a part of it
+                found += [part for one in found for part in IN_URL.split(one)]
             for secret in found:
                 yield from (form for form in (secret, unquote(secret), secret.strip("'")) if len(form) >= SHORTEST)
 

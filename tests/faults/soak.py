@@ -21,6 +21,7 @@ from sweep.study.home import StudyFolder
 from sweep.tracking.journal import StudyRecord, read_study_record
 
 MARK = "SWEEP_TEST_SOAK"  # in the environment of all that a soak starts, so that survivors are found
+BUSY = "another `sweep run` works"  # what a driver says, with exit code 1, that is not the only one of its study
 SECONDS_TO_END = 300.0  # a start takes most of a minute on a slow machine with much else to do
 
 
@@ -37,14 +38,24 @@ class Soak:
     came: Counter[str] = field(default_factory=Counter)
     driver: subprocess.Popen[bytes] | None = None
     cwd: Path | None = None
+    said_before: int = 0  # bytes of the log when the driver was started
 
     def start(self) -> subprocess.Popen[bytes]:
-        with open(self.log, "ab") as log:
-            mark = {MARK: str(self.folder.path)}
-            self.driver = subprocess.Popen(
-                self.command, env={**self.environment, **mark}, cwd=self.cwd, stdout=log, stderr=log
-            )
+        self.said_before = self.log.stat().st_size if self.log.exists() else 0
+        self.driver = self.begin(self.log)
         return self.driver
+
+    def begin(self, log: Path) -> subprocess.Popen[bytes]:
+        """One more driver of the study, that says in `log` what it says."""
+        mark = {MARK: str(self.folder.path)}
+        with open(log, "ab") as out:
+            return subprocess.Popen(
+                self.command, env={**self.environment, **mark}, cwd=self.cwd, stdout=out, stderr=out
+            )
+
+    def said(self) -> str:
+        """By the driver that was started last, and by what it started."""
+        return self.log.read_bytes()[self.said_before :].decode(errors="replace")
 
     def kill_survivors(self) -> None:
         for pid in self.survivors():
@@ -132,11 +143,11 @@ def a_worker_stands_still_for_a_while(soak: Soak) -> bool:
 
 
 def a_second_driver_comes(soak: Soak) -> bool:
-    with open(soak.log, "ab") as log:
-        mark = {MARK: str(soak.folder.path)}
-        second = subprocess.Popen(soak.command, env={**soak.environment, **mark}, cwd=soak.cwd, stdout=log, stderr=log)
-    assert second.wait(SECONDS_TO_END) in (0, 1)  # 0: the first had just finished
-    return True
+    log = soak.log.with_suffix(f".second-{soak.came[a_second_driver_comes.__name__]}.log")
+    code = soak.begin(log).wait(SECONDS_TO_END)
+    said = log.read_text()
+    assert code == 0 or (code == 1 and BUSY in said), f"a second driver: exit {code}: {said[-1000:]}"
+    return True  # 0: the first had just finished
 
 
 def a_checkpoint_is_cut_short(soak: Soak) -> bool:
@@ -228,7 +239,7 @@ def soak_through(soak: Soak, faults: Sequence[Fault], at_most: int, results_betw
             if code == 0:
                 assert record.finished_at is not None
                 return record
-            came_second = code == 1 and "another `sweep run` works" in soak.log.read_text()[-400:]
+            came_second = code == 1 and BUSY in soak.said()
             assert code == 130 or came_second, f"exit {code}, and nobody had asked it to end"
         elif soak.driver is None:
             soak.wait_gone()
@@ -237,12 +248,26 @@ def soak_through(soak: Soak, faults: Sequence[Fault], at_most: int, results_betw
 def _signal(soak: Soak, number: signal.Signals, code: int) -> bool:
     """Send the driver a signal and see how it ends; it may have been done already, or be so new that it is Python."""
     assert soak.driver is not None
+    handles = _handles_signals(soak.driver.pid)
     soak.driver.send_signal(number)
     found = soak.driver.wait(SECONDS_TO_END)
-    begun = "Fatal Python error: init_" not in soak.log.read_text()[-4000:]  # an interrupted start of Python
-    assert found in (code, -number, 0) or (found == 1 and not begun), f"{number.name}: exit {found}"
+    interrupted_start = found == 1 and "Fatal Python error: init_" in soak.said()
+    as_python = not handles and (found == -number or interrupted_start)
+    assert found in (code, 0) or as_python, f"{number.name}: exit {found}, handlers {handles}: {soak.said()[-1000:]}"
     soak.driver = None
     return found != 0
+
+
+def _handles_signals(pid: int) -> bool:
+    """Whether the command's own handlers are installed: not yet while Python starts, no more while it ends.
+
+    Python itself handles SIGINT from early on, but SIGTERM never.
+    """
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def _resting(soak: Soak) -> None:

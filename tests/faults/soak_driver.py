@@ -29,14 +29,10 @@ def interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def main(root: Path) -> int:
-    """As `sweep run` does: 0 done, 1 with a line that says why, 130 interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    """0 done, 1 with a line that says why; raises KeyboardInterrupt when it is interrupted."""
     home, study, workers = Home(root), make_study(), LocalExecutor([{}] * WORKERS)
     try:
         run_study(study, home.study(study.name), workers, home.optuna_url, home.cache, fake_work(train))
-    except KeyboardInterrupt:
-        return 130
     except (Busy, OSError, RuntimeError, ValueError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -46,4 +42,9 @@ def main(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+        sys.exit(main(Path(sys.argv[1])))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -21,12 +22,13 @@ from tracked import serving, view
 
 from sweep.study.file import dump_study
 from sweep.study.home import Home
-from sweep.tracking.connection import Tracking
+from sweep.tracking.connection import Tracking, connect
 
 STUDY = make_study()
 TRACKED: Options = {"track": True, "track_every": 0.3}
 SLOWLY: Options = {"track": True, "track_every": 0.3, "seconds": 0.4}
 OLD = "nothing: MLflow is a view of the journals"
+REGISTRY = "nothing measured, for MLflow is a view of the journals; models that were registered in it"
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,7 @@ def test_a_server_that_hangs(home: Home, done: Home, server_home: Path, comes_ba
 @pytest.mark.fault(
     case="mlflow.db damaged",
     happens="the study ends as it would, with a warning that says to move the file away; the command makes it anew",
-    lost="nothing measured, for MLflow is a view of the journals; models that were registered in it",
+    lost=REGISTRY,
 )
 @pytest.mark.parametrize(
     "damage", ["no header", *(pytest.param(d, marks=pytest.mark.slow) for d in ("truncated", "flipped"))]
@@ -196,8 +198,8 @@ def test_a_damaged_database(home: Home, done: Home, new_database: Path, damage: 
 
 @pytest.mark.fault(
     case="mlflow.db removed, while a study runs or later",
-    happens="it is made anew from the journals",
-    lost=OLD,
+    happens="it is made anew from the journals, without a warning",
+    lost=REGISTRY,
 )
 @pytest.mark.slow
 def test_a_removed_database(home: Home, new_database: Path) -> None:
@@ -210,6 +212,9 @@ def test_a_removed_database(home: Home, new_database: Path) -> None:
     code, output = fake_sweep.finish(process)
     assert code == 0 and "warning" not in output, output
     check_tracked(home, home.mlflow_url)
+    connect(Tracking(home.mlflow_url, None)).create_registered_model("mine")
     file.unlink()
     assert "warning" not in run(home, TRACKED, None)
-    check_tracked(home, home.mlflow_url)
+    anew = Path(shutil.copy(file, home.root / "anew.db"))  # by its old name this process still has the one removed
+    check_tracked(home, f"sqlite:///{anew}")
+    assert not connect(Tracking(f"sqlite:///{anew}", None)).search_registered_models(), "no journal tells of it"

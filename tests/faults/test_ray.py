@@ -281,7 +281,7 @@ def test_the_processes_of_a_probe_end_with_their_worker(nodes: Nodes, tmp_path: 
     case="a Ray node that runs out of memory",
     happens="Ray ends its worker, and that counts as out of memory: the pack is tried in halves, then a trial alone, "
     "which tells for all that cost the same; the others finish",
-    lost="nothing: that a trial does not fit is a result",
+    lost="nothing: that a trial does not fit on the node is a result",
 )
 def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes, calm: Home, tmp_path: Path) -> None:
     """The node is short of memory once 1.5 GiB more are taken than now, however much the machine has."""

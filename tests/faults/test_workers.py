@@ -295,7 +295,7 @@ def test_an_arm_that_kills_every_worker_fails_alone(tmp_path: Path, tiny: Path, 
 @pytest.mark.fault(
     case="out of memory in one trial of a pack",
     happens="the pack is tried in halves, then the trial alone: it does not fit on this device; the others finish",
-    lost="the trials that do not fit, which is a result",
+    lost="nothing: that a trial does not fit is a result",
 )
 def test_out_of_memory_in_one_trial_of_a_pack_spares_the_others(tmp_path: Path, tiny: Path, calm: StudyRecord) -> None:
     words = other_work(tiny, "train_rung=partial(units.train_but, 'no memory', 'r4-ratio1')", *LOCAL)
