@@ -108,7 +108,7 @@ class Projector:
         mend = "move that file away, and " if "(sqlite3.DatabaseError)" in reason else ""
         return (
             f"MLflow at {without_credentials(self._tracking.uri)} is not up to date ({reason}). "
-            f"Nothing is lost: {mend}the same `sweep run` command brings it up to date later."
+            f"No result is lost: {mend}the same `sweep run` command brings it up to date later."
         )
 
     def _run(self) -> None:

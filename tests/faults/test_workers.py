@@ -262,6 +262,7 @@ def test_an_interrupt_ends_command_and_workers_within_seconds(
         log = soak.log.read_text()
         assert code == 130, log
         assert took < 15, f"{took} s"  # of which five may go to what is tracked
+        assert "\nstopping\n" in log  # at once, before what takes seconds
         assert log.endswith("interrupted; the state is saved, and the same command goes on from there\n"), log
         assert "Traceback" not in log and "Warning" not in log, log
     if (number, moment) in RUN_AGAIN:
