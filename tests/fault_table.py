@@ -1,6 +1,7 @@
 """The table of faults: every test marked `fault` is a row of what happens and what is lost, as it was seen in the run.
 
-`pytest tests/faults -m "not whole" --fault-table reports/reliability.md` writes it. A case of which a test failed says so.
+`pytest tests/faults -m "not whole" --fault-table reports/reliability.md` writes it.
+A case of which a test failed says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Where a result or a trial is lost the command says why in one line and does not 
 Which models were registered stands in `mlflow.db` alone and is lost with it, and yet the command exits 0, since nothing
 that was measured is lost: of a damaged file it warns, and one that is gone it makes anew without a word.
 
-This page is written by the run itself: `.venv/bin/pytest tests/faults -m "not whole" --fault-table reports/reliability.md`.
+This page is written by the run itself:
+`.venv/bin/pytest tests/faults -m "not whole" --fault-table reports/reliability.md`.
 `-m whole` runs the quickstart over two Ray nodes, one of them killed on the way, with the answer of a run without them.
 
 | fault | what happens | what is lost | tests |
