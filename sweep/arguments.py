@@ -41,7 +41,7 @@ def need_writable(home: Home) -> None:
     """Raise Refused where the home cannot be written."""
     from sweep.doctor import unwritable
 
-    reason = unwritable(home.root)
+    reason = "it is a file" if home.root.is_file() else unwritable(home.root)
     if reason:
         raise Refused(f"{home.root} cannot be written ({reason}): choose another home with --home or $SWEEP_HOME")
 
@@ -60,6 +60,8 @@ def name_of(study: str, home: Home) -> str:
 
     name = read_study(Path(study)).study.name if is_file_name(study) else study
     names = list_studies(home)
+    if name not in names and Path(study).is_file() and not is_file_name(study):
+        raise Refused(f"{study} is not a study file: the name of one ends in .yaml")
     if name not in names:
         known = f"those that have: {', '.join(names)}" if names else "no study has"
         raise Refused(f"no study {name!r} has run in {home.root}; {known}")

@@ -91,7 +91,9 @@ def _options(
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A study file.")],
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY.yaml", help="A study file, or the name of a study that has run, to go on.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as in train.steps=90. Can be repeated."),
@@ -264,13 +266,17 @@ def _dry_run(study: Study, home: Home, an_hour: float | None) -> None:
 def _forecast(study: Study, home: Home, an_hour: float | None) -> StudyForecast:
     """Show what one study, or part of one, will take; returns it."""
     from sweep import console
+    from sweep.driver.packing import disturbance
     from sweep.driver.pricing import priced
     from sweep.execution.worker import forecast, prepare
 
     _say("reading the model and the data; calibrating packs with a few steps (a minute or more, the first time)")
     arms, setup = study.list_arms(), study.setup(str(home.cache))
     prepared = prepare(setup, arms)
-    _say("probing the smallest and the largest arm and full fine-tuning, each alone for a few steps")
+    for line in disturbance(prepared):
+        _complain(f"warning: {line}")
+    full = " and full fine-tuning" if study.arms.full_finetuning else ""
+    _say(f"probing the smallest and the largest arm{full}, each alone for a few steps")
     found = priced(study, prepared, forecast(setup, prepared, arms))
     lines, table, below = console.plan(study, prepared, found, an_hour)
     _say(*lines)

@@ -162,7 +162,10 @@ def _storage(home: Home) -> Check:
         place = database_url(url)
         create_engine(place, connect_args=connect_args(place, SECONDS_TO_ANSWER)).connect().close()
     except Exception as error:  # drivers raise errors of their own, and missing ones ImportError
-        advice = "pip install 'lora-sweep[postgres]'" if isinstance(error, ImportError) else "start the server"
+        lacks = isinstance(error, ImportError)
+        advice = (
+            "pip install 'lora-sweep[postgres]'" if lacks else "start the server, or mend address, user or password"
+        )
         found = f"SWEEP_STORAGE does not open: {first_line(error)}"
         return Check("Optuna storage", found, False, f"{advice}, or unset it")
     return Check("Optuna storage", without_credentials(url))

@@ -11,6 +11,7 @@ from synthetic import quickstart, write_study
 
 from sweep.report.intervals import REFERENCE
 from sweep.report.statistics import Findings, find
+from sweep.report.tables import confirmed_table
 from sweep.study.arms import Arm
 from sweep.study.records import CONFIRM
 from sweep.tracking.journal import TrialRecord
@@ -37,6 +38,8 @@ def test_nothing_is_recommended_against_a_reference_that_learned_nothing(tmp_pat
         "Nothing can be concluded: rank 64 was not shown to have learned anything, its test loss 0.670 against 0.673 "
         "for always answering by the labels' frequencies; train longer or at other learning rates."
     )
+    notes = [cell.note for row in confirmed_table(quickstart(), findings).rows for cell in row.cells if cell.note]
+    assert notes.count("says nothing: the reference was not shown to have learned") == 4  # ranks 2, 4 and 8, and full
     assert given(tmp_path / "b", {64: IDLE}, 0.6767).recommended is None
     assert given(tmp_path / "c", {64: IDLE}, 0.6768).recommended == "r2-ratio2"
 

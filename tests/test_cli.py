@@ -93,6 +93,12 @@ def test_an_unknown_study_is_refused_with_those_that_exist(tmp_path: Path) -> No
     assert done.stderr.strip().endswith(f"no study 'x' has run in {home.root}; those that have: one, two")
 
 
+def test_another_kind_of_file_is_not_taken_for_a_studys_name(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Read me")
+    done = sweep("run", "README.md", "--home", "home", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "README.md is not a study file: the name of one ends in .yaml\n")
+
+
 def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "study.yaml").write_text(dump_study(make_study()))
@@ -100,6 +106,8 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"{tmp_path}/file/home cannot be written" in done.stderr
+    done = sweep("run", "study.yaml", "--home", "file", cwd=tmp_path)
+    assert done.returncode == 2 and "file cannot be written (it is a file)" in done.stderr
 
 
 def test_status_counts_and_tells_who_runs(tmp_path: Path) -> None:

@@ -165,6 +165,33 @@ def test_no_ratio_is_claimed_where_the_probes_were_uneven(tmp_path: Path) -> Non
     assert "times as long" not in said and "The probe steps of full fine-tuning differed much" in said
 
 
+@pytest.mark.parametrize(("times", "told"), [(0.4, False), (2.9, False), (3.1, True), (1 / 3.1, True)])
+def test_a_step_that_was_forecast_three_times_off_is_something_to_be_careful_about(
+    tmp_path: Path, times: float, told: bool
+) -> None:
+    study = quickstart()
+    write_study(tmp_path, study)
+    record, key = with_forecast(tmp_path, study, foretold(study)), "r2-lora-query+value"
+    assert record.forecast is not None
+    known = record.forecast.of(key)
+    assert known is not None and known.step_time_s is not None
+    took = known.step_time_s * times
+    cost = replace(record.costs[key], step_time_s=took, step_times_s=(took,))
+    warnings = find(study, replace(record, costs={**record.costs, key: cost})).warnings
+    busy = [line for line in warnings if "the machine was busy at one of the two times" in line]
+    assert (len(busy) == 1 and "rank 2" in busy[0]) if told else not busy
+
+
+def test_uneven_probes_are_something_to_be_careful_about(tmp_path: Path) -> None:
+    study = quickstart()
+    record = write_study(tmp_path, study)
+    cost = record.costs["full"]
+    uneven = replace(cost, step_times_s=(cost.step_time_s / 1.6, *cost.step_times_s))
+    assert not any("probe steps" in line for line in find(study, record).warnings)
+    warnings = find(study, replace(record, costs={**record.costs, "full": uneven})).warnings
+    assert [line for line in warnings if line.startswith("the probe steps of full fine-tuning differed much")]
+
+
 def test_nothing_is_said_of_cost_before_anything_has_run(tmp_path: Path) -> None:
     study = quickstart()
     assert costs_section(study, write_study(tmp_path, study, stop_after=0)) is None

@@ -313,6 +313,7 @@ def test_a_server_that_is_down_gives_a_warning_in_time(home: Home, study: Study)
     assert time.monotonic() - began < 11
     assert warning is not None and "hunter2" not in warning and "\n" not in warning
     assert "http://127.0.0.1:" in warning and "the same `sweep run` command" in warning
+    assert "(Connection refused)" in warning
 
 
 def test_a_server_that_never_answers_gives_a_warning_in_time(home: Home, study: Study) -> None:

@@ -90,7 +90,7 @@ def calibration_lines(prepared: Prepared) -> list[str]:
             f"{f['precision']} {f['attention']} ×{f['pack_size']} {f['failed'] if 'failed' in f else f[MS]}"
             for f in prepared.calibration
         )
-        when = "kept from an earlier study" if prepared.calibration_kept else "of now, which is kept"
+        when = "kept from before" if prepared.calibration_kept else "of now, which is kept"
         lines.append(
             f"calibration {when}, ms a trial and step (the larger of two packs within 3 %): {', '.join(figures)}"
         )

@@ -28,6 +28,7 @@ QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # what its daemons tell every driver would tear the live table
 }
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # its only switch that makes 127.0.0.1 a node's address
+AT_FULL_SPEED = {"RAY_worker_niceness": "0"}  # by Ray's default workers give way to whatever else runs
 IMPATIENT = {
     "RAY_gcs_server_port_wait_time_s": "1",  # tries to get in; one takes 40 s where a stranger listens
     "RAY_gcs_server_request_timeout_seconds": "30",  # to find the node on this machine, which may just start
@@ -85,6 +86,7 @@ def answers(place: str) -> bool:
 @contextmanager
 def _own(here: Node) -> Iterator[Cluster]:
     # Set for good: later clusters of this process have the same, and Ray reads some of it only once.
+    _default(AT_FULL_SPEED)
     _default({**ON_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     if here.gpus:  # Ray counts whole GPUs by itself: not the parts of one that is divided
         _default({"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus())})

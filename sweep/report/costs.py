@@ -16,6 +16,7 @@ from sweep.study.schema import Study
 from sweep.tracking.journal import StudyRecord, TrialRecord
 
 KINDS = ("weights", "gradients", "optimizer", "activations")
+FAR_OFF = 3  # times: no forecast of an idle machine was that wrong
 COLUMNS = ("Weights", "Gradients", "Optimizer state", "Activations and workspace")
 
 
@@ -63,6 +64,24 @@ def costs_section(study: Study, record: StudyRecord) -> Section | None:
     if times.rows:
         tables.append(("Times, each under its own name", times))
     return Section("What it costs", tuple(sentence for sentence in told if sentence), tuple(tables))
+
+
+def cost_warnings(study: Study, record: StudyRecord) -> list[str]:
+    """Step times that say little, since the machine had other work when they were measured or forecast."""
+    rows = price_list(study, record)
+    uneven = [row.title for row in rows if row.uneven]
+    told = []
+    if uneven:
+        told.append(f"the probe steps of {join(uneven)} differed much: their times, and sums of them, say little.")
+    for row in rows:
+        if row.time_error is None or row.uneven or 1 / FAR_OFF <= 1 + row.time_error <= FAR_OFF:
+            continue
+        assert row.cost is not None and row.forecast is not None
+        told.append(
+            f"a step of {row.title} was forecast to take {duration(row.forecast.step_time_s)} and took "
+            f"{duration(row.cost.step_time_s)}: the machine was busy at one of the two times."
+        )
+    return told
 
 
 def price_list(study: Study, record: StudyRecord) -> list[Priced]:
@@ -148,7 +167,7 @@ def times_table(study: Study, record: StudyRecord) -> Table:
         (
             "Packed wall time",
             _packed_wall(record),
-            "all rungs of all packs, with loading, evaluation and checkpoints; joint, never a trial's own",
+            "all rungs of all packs, over all workers, with loading, evaluation and checkpoints; never a trial's own",
         ),
         ("Packed training time", _packed_training(record), "the training steps of these packs alone"),
         ("One by one", _one_by_one(record), "the steps that ran, each trial alone, by its arm's solo step time"),

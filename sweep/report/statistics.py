@@ -11,6 +11,7 @@ import numpy as np
 from sweep.report.alpha import alpha_fits, alpha_sentences
 from sweep.report.cautions import cautions, first_unlearned
 from sweep.report.confirmed import confirm_trials
+from sweep.report.costs import cost_warnings
 from sweep.report.forgetting import at_the_end
 from sweep.report.infeasible import infeasible_warnings
 from sweep.report.intervals import INFERIOR, NON_INFERIOR, REFERENCE, Interval, judge, t_interval
@@ -91,6 +92,7 @@ def find(study: Study, record: StudyRecord) -> Findings:
             *still_falling(study, results, trials),
             *pruned_while_catching_up(study, record),
             *_warnings(study, record, results, rows),
+            *cost_warnings(study, record),
         ),
         finished=record.finished_at is not None,
         ended=ended,

@@ -75,8 +75,10 @@ def confirmed_table(study: Study, findings: Findings) -> Table:
         "Adapter size",
     )
     arms = study.list_arms()
+    void = findings.unlearned is not None and findings.unlearned == findings.reference
     rows = tuple(
-        Row(_confirmed(study, r, arms, decimals, forgets), r.arm.name == findings.recommended) for r in findings.arms
+        Row(_confirmed(study, r, arms, decimals, forgets, void), r.arm.name == findings.recommended)
+        for r in findings.arms
     )
     return Table(heads, rows)
 
@@ -206,13 +208,17 @@ def measured(study: Study, record: StudyRecord, findings: Findings) -> list[tupl
     return facts
 
 
-def _confirmed(study: Study, result: ArmResult, arms: Sequence[Arm], decimals: int, forgets: bool) -> tuple[Cell, ...]:
+def _confirmed(
+    study: Study, result: ArmResult, arms: Sequence[Arm], decimals: int, forgets: bool, void: bool
+) -> tuple[Cell, ...]:
+    """void: the reference was not shown to have learned."""
     cost, name = result.cost, result.metric_name
     about = f"rate {rate(result.learning_rate)}, {plural(len(result.seeds), 'seed')}"
     gone = [(result.diverged_seeds, DIVERGED), (result.failed_seeds, FAILED)]
     gone.append((result.infeasible_seeds, "without memory"))
     about += "".join(f", {len(seeds)} {what}" for seeds, what in gone if seeds)
     to_full, against = (_difference(d, decimals) for d in (result.to_full, result.to_reference))
+    note = "says nothing: the reference was not shown to have learned" if void and result.to_reference else result.note
     means = [None if d is None else d.mean for d in (result.to_full, result.to_reference)]
     return (
         Cell(arm_title(result.arm, arms), about),
@@ -232,7 +238,7 @@ def _confirmed(study: Study, result: ArmResult, arms: Sequence[Arm], decimals: i
             if study.arms.full_finetuning
             else []
         ),
-        Cell(result.verdict or "–", against, result.note, means[1]),
+        Cell(result.verdict or "–", against, note, means[1]),
         Cell(count(result.trainable_params), value=result.trainable_params),
         Cell(size(cost.peak_memory_bytes if cost else None), value=cost.peak_memory_bytes if cost else None),
         Cell(

@@ -139,7 +139,7 @@ class Prepared:
     attention: str
     pack_size: int
     calibration: tuple[dict[str, Any], ...] = ()  # the figures that decided precision, attention and pack size
-    calibration_kept: bool = False  # whether an earlier study on this machine had measured them
+    calibration_kept: bool = False  # whether they had been measured on this machine before
     tokens_per_step: float = 0.0  # mean tokens of one trial's batch, padding not counted; of images their number
     chance_loss: float | None = None  # test loss of always answering by the training labels' frequencies
     chance_accuracy: float | None = None  # None for causal-lm

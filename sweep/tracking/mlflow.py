@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -199,4 +200,6 @@ def _project(
 
 def _one_line(error: Exception | None) -> str:
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return without_credentials(line)[:200]
+    # Of a server that is away: around it urllib3 tells of its objects.
+    refused = re.search(r"HTTPS?ConnectionPool.*\[Errno -?\d+\] ([\w ]+)", line)
+    return refused[1] if refused else without_credentials(line)[:200]
