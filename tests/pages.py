@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 from ran_studies import GPU, OTHER_MODEL, made
 from synthetic import quickstart, write_study
 from test_alpha import study_of
-from test_domains import LANGUAGES, SHOWN, not_run
-from test_domains import made_up as made_up_domains
+from test_domains_report import LANGUAGES, SHOWN, not_run
+from test_domains_report import made_up as made_up_domains
 from test_latency import made_up as made_up_latency
 from test_prefix import PREFIXED
 

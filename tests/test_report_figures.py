@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from scipy import stats
 from synthetic import FLOOR, SOURCE_LOSS, quickstart, write_study
-from test_domains import LANGUAGES, SHOWN, not_run
-from test_domains import made_up as made_up_domains
+from test_domains_report import LANGUAGES, SHOWN, not_run
+from test_domains_report import made_up as made_up_domains
 from test_latency import made_up as made_up_latency
 
 from sweep.report.domains_report import write_domains_report
