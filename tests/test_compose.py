@@ -11,7 +11,7 @@ import pytest
 import yaml
 from compose_file import PROFILES, ROOT, SECRETS, compose, resolved
 from test_image import given, sent_to_the_build
-from unboxed import in_order, texts_of
+from unboxed import MARK, Box, in_order, kill, start, texts_of, wait_healthy
 
 from sweep import __version__
 
@@ -176,3 +176,25 @@ def test_the_file_has_no_keys_that_compose_passes_over() -> None:
     for anchor in re.findall(r"&(\w+)", raw):
         assert re.search(rf"\*{anchor}\b", raw), f"{anchor} is not used"
     assert all(key.startswith("x-") or key in ("name", "services", "configs", "volumes") for key in yaml.safe_load(raw))
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_a_service_that_ends_before_it_is_healthy_is_started_again_where_it_says_so(
+    tmp_path: Path, restarts: bool
+) -> None:
+    """As by Docker, in the twin without containers. The service here ends the first time."""
+    been, up = tmp_path / "been", tmp_path / "up"
+    words = ("sh", "-c", f"test -e {been} && touch {up} && exec sleep 60; touch {been}")
+    checks = {"start_period": "20s", "retries": 1, "interval": "1s", "timeout": "5s"}
+    service = {"image": "it", "restart": "unless-stopped" if restarts else "no", "healthcheck": checks}
+    env = {"PATH": "/usr/bin:/bin", MARK: str(tmp_path)}
+    box = Box("it", service, words, env, ("test", "-e", str(up)), "127.0.0.1", tmp_path)
+    first = start(box)
+    try:
+        if restarts:
+            assert wait_healthy(box, first).poll() is None and first.poll() is not None
+        else:
+            with pytest.raises(AssertionError, match="it is not healthy"):
+                wait_healthy(box, first)
+    finally:
+        kill(box)

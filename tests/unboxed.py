@@ -93,7 +93,7 @@ def up(boxes: Mapping[str, Sequence[Box]], *services: str) -> dict[str, subproce
                     continue
                 assert wanted["condition"] == "service_healthy", wanted
                 for each in boxes[other]:
-                    wait_healthy(each, started.get(each.name))
+                    started[each.name] = wait_healthy(each, started[each.name])
             started[box.name] = start(box)
     return started
 
@@ -115,15 +115,24 @@ def start(box: Box) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_healthy(box: Box, first: subprocess.Popen[bytes] | None = None) -> None:
-    """Until the service's own health check passes, within the time that it allows."""
+def wait_healthy(box: Box, first: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Until the service's own health check passes, within the time that it allows; returns its first process.
+
+    One that ends meanwhile is started again where the service says so, as by Docker: on a busy machine a Ray node takes
+    longer to start than Ray waits for it.
+    """
     check = box.service["healthcheck"]
     allowed = _seconds(check["start_period"]) + check["retries"] * _seconds(check["interval"])
     deadline = time.monotonic() + allowed
     while not is_healthy(box):
-        alive = first is None or first.poll() is None
-        assert alive and time.monotonic() < deadline, f"{box.name} is not healthy:\n{box.log.read_text()[-4000:]}"
+        alive, again = first.poll() is None, box.service.get("restart") == "unless-stopped"
+        in_time = time.monotonic() < deadline
+        assert (alive or again) and in_time, f"{box.name} is not healthy:\n{box.log.read_text()[-4000:]}"
+        if not alive:
+            kill(box)
+            first = start(box)
         time.sleep(0.5)
+    return first
 
 
 def is_healthy(box: Box) -> bool:

@@ -116,7 +116,7 @@ def test_the_worker_whose_node_the_head_holds_for_dead_is_alone_unhealthy(boxes:
     boxes["ray-head"] = [replace(head, env={**head.env, **SOON_DEAD})]
     first = up(boxes, "ray-worker", "ray-worker-gpu")
     for box in (lost, other, gpu):
-        wait_healthy(box, first[box.name])
+        first[box.name] = wait_healthy(box, first[box.name])
     (raylet,) = [process for process in processes_in(lost) if process.name() == "raylet"]
     raylet.suspend()
     soon(lambda: "no living Ray node at" in (trouble_of(lost) or ""), 120)
