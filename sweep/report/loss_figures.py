@@ -104,9 +104,9 @@ def loss_by_rank(study: Study, findings: Findings) -> tuple[Figure, Drawn] | Non
         legend_above(figure, handles, 3, handlelength=2.2)
     if not is_narrow():
         label_lines(axes, named)
-    label_points(axes, labels, marks, list(map(height_of, named)))
     axes.set_xlabel("rank (log scale)")
     axes.set_ylabel("test loss at the last step (nats)")
+    label_points(axes, labels, marks, list(map(height_of, named)))
     values = some([f"{r.arm.name} {r.loss_mean:.3f}" for r in findings.arms if r.seeds], "; ")
     seeds = max(len(r.seeds) for r in results)
     return figure, Drawn(
