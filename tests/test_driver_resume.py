@@ -105,7 +105,10 @@ def run_with_kill(
         run(home, study, work)
 
 
-@pytest.mark.parametrize("torn", [False, True], ids=["between writes", "inside an append"])
+@pytest.mark.parametrize(
+    "torn",
+    [pytest.param(False, marks=pytest.mark.slow, id="between writes"), pytest.param(True, id="inside an append")],
+)
 def test_a_kill_anywhere_loses_doubles_and_leaves_running_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:

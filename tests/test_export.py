@@ -265,8 +265,13 @@ def test_head_of_several_layers_and_for_other_labels_is_trained_and_exported(tmp
 @pytest.mark.parametrize(
     ("method", "modules", "patterns"),
     [
-        ("dora", "[c_attn, c_fc]", []),
-        ("pissa", "[c_attn, c_fc]", ["rank_pattern={h.1.attn.c_attn: 3, c_fc: 5}"]),
+        pytest.param("dora", "[c_attn, c_fc]", [], marks=pytest.mark.slow),
+        pytest.param(
+            "pissa",
+            "[c_attn, c_fc]",
+            ["rank_pattern={h.1.attn.c_attn: 3, c_fc: 5}"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("lora+", "all-linear", [], marks=pytest.mark.slow),
         ("lora", "[wte, wpe, c_attn]", ["rank_pattern={'h.[01].*': 2, wte: 3}", "alpha_pattern={wpe: 2.5, c_attn: 7}"]),
         ("lora+prefix", "[c_attn, c_fc]", ["prefix_length=[3]", "rank_pattern={c_fc: 3}"]),

@@ -116,6 +116,7 @@ def test_killed_study_completes_with_the_losses_of_an_undisturbed_one(tmp_path: 
         assert len(steps) == len(set(steps)), "a step is logged twice"
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_sigterm_save_the_state_and_exit_130(tmp_path: Path) -> None:
     words = command(tmp_path / "home")
     for rungs, number in ((1, signal.SIGINT), (3, signal.SIGTERM)):

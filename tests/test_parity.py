@@ -41,6 +41,7 @@ def test_trial_has_the_same_loss_curve_packed_and_in_peft(bbc: tuple[Setup, Prep
             torch.testing.assert_close(weights[ours], value, atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_causal_lm_trial_has_the_same_loss_curve_packed_and_in_peft(
     manual: tuple[Setup, Prepared], tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_the_device_batch_split_does_not_matter(bbc: tuple[Setup, Prepared], tmp
     np.testing.assert_allclose(curve(whole[0]), curve(split[0]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_token_counts_of_a_split_batch_are_the_whole_batchs(manual: tuple[Setup, Prepared], tmp_path: Path) -> None:
     """Rows have different numbers of target tokens: a mean of the parts' means would weigh them wrongly."""
     setup, prepared = manual

@@ -22,6 +22,7 @@ STEP_TOLERANCE = 0.03  # on the training loss (ln 5 = 1.61 at the start): bfloat
 SEEDS = (1, 2, 3)
 
 
+@pytest.mark.slow
 def test_bfloat16_trial_has_the_loss_curve_of_peft_in_float32_to_a_stated_tolerance(
     bbc: tuple[Setup, Prepared], tmp_path: Path
 ) -> None:
@@ -33,6 +34,7 @@ def test_bfloat16_trial_has_the_loss_curve_of_peft_in_float32_to_a_stated_tolera
         np.testing.assert_allclose(curve(packed[one.number]), expected, atol=STEP_TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_trial_does_not_notice_its_neighbours_either(bbc: tuple[Setup, Prepared], tmp_path: Path) -> None:
     """Matrix products of other sizes round differently in the last bit: nothing more."""
     setup, prepared = bbc

@@ -53,7 +53,9 @@ def test_axe_finds_nothing_that_hinders(browser: webdriver.Chrome, reports: Path
         browser.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
         axe = Axe(browser)
         axe.inject()
-        found = axe.run()
+        # A figure's inside is hidden from readers, and thousands of letters; what names it stands around it.
+        assert in_page(browser, "document.querySelectorAll('svg:not([aria-hidden=true])').length") == 0
+        found = axe.run({"exclude": [["svg"]]})
         problems = [(v["impact"], v["id"], [node["html"][:200] for node in v["nodes"]]) for v in found["violations"]]
         assert problems == [] and len(found["passes"]) > 20
         background = in_page(browser, "getComputedStyle(document.body).backgroundColor")

@@ -41,6 +41,7 @@ def test_rows_are_the_same_packed_and_alone(bbc: tuple[Setup, Prepared], tmp_pat
     np.testing.assert_allclose(packed[1]["loss"], alone["loss"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_of_a_language_model_are_sums_over_their_tokens(manual: tuple[Setup, Prepared], tmp_path: Path) -> None:
     """At a rate of nearly zero the rows are those of the base, computed here one row at a time."""
     setup, prepared = manual

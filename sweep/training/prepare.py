@@ -103,7 +103,9 @@ def fingerprints(setup: Setup) -> tuple[str, str, str]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    threads = torch.get_num_threads()
+    many = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"cpu ({platform.machine()}, {many}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def library_versions() -> dict[str, str]:
