@@ -37,7 +37,8 @@ from sweep.tracking.journal import StudyRecord, read_study_record
 
 QUICKSTART = "studies/quickstart.yaml"
 INLINE = Path(__file__).with_name("quickstart.json")  # what one process finds
-OTHER_CPU = 3e-3  # of a loss; with AVX2 alone the losses in quickstart.json come out within 3e-5, even divergent ones
+OTHER_CPU = 3e-3  # of a loss; the losses in quickstart.json are of a CPU with AVX-512
+HIGHEST = " 0.054 seed "  # in a trial's name: the highest rate of the search
 EXACT = ["train.precision=float32"]  # bfloat16 rounds by how many trials share a pack
 SMALL = [
     *EXACT,
@@ -100,7 +101,7 @@ def test_the_quickstart_over_two_nodes_ends_with_the_answer_of_one_process(
 ) -> None:
     """The killed node comes back, as its restart policy says, and takes up work again."""
     home = run_and_kill_a_node(boxes, monkeypatch, ["--set", *EXACT], comes_back=True)
-    same_answer(answer_in(home), json.loads(INLINE.read_text()), OTHER_CPU)
+    same_answer(steady(answer_in(home)), steady(json.loads(INLINE.read_text())), OTHER_CPU)
 
 
 @pytest.mark.slow
@@ -208,6 +209,21 @@ def answer_in(home: Home) -> dict[str, Any]:
         "verdicts": [[r.arm.name, f"{r.learning_rate:.6g}", r.verdict, r.full_verdict] for r in findings.arms],
         "trials": dict(sorted(trials.items())),
     }
+
+
+def steady(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the trials at the highest rate no more than the first rung of ten steps.
+
+    There the loss jumps up and down, and what another CPU rounds in another way grows from step to step: without any
+    cluster, alone in one process, r2-ratio1 is 2e-5 off by step 10 on a CPU with AVX2, and 1 % by step 20.
+    """
+    first = {"train": 10, "eval": 1}
+    cut = {
+        name: {**trial, **{kind: trial[kind][:n] for kind, n in first.items()}} if HIGHEST in name else trial
+        for name, trial in answer["trials"].items()
+    }
+    assert sum(HIGHEST in name for name in cut) == 8, "every arm once"
+    return {**answer, "trials": cut}
 
 
 def same_answer(found: Mapping[str, Any], expected: Mapping[str, Any], rel: float) -> None:
