@@ -1,4 +1,4 @@
-"""The longest files begin first (with `--no-loadscope-reorder`), so that no process is left alone with one at the end."""
+"""The longest files begin first (with `--no-loadscope-reorder`): else one process is left alone with one at the end."""
 
 from __future__ import annotations
 
