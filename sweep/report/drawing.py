@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from sweep.report.style import DPI, NARROW_STYLE, SETTLED, STYLE, settle
+from sweep.report.style import DPI, NARROW_STYLE, STYLE, settle
 from sweep.report.svg import inline_svg
 
 
@@ -51,14 +51,11 @@ def draw(figure: Callable[..., tuple[Figure, Drawn] | None], to: Path, *args: ob
             return None
         canvas, drawn = made
         settle(canvas)
-        with rc_context(SETTLED):
-            canvas.savefig(to / f"{drawn.name}.png", dpi=DPI, metadata={"Software": None})
-            wide = inline_svg(canvas, f"{drawn.name}-wide")
+        canvas.savefig(to / f"{drawn.name}.png", dpi=DPI, metadata={"Software": None})
+        wide = inline_svg(canvas, f"{drawn.name}-wide")
     (to / f"{drawn.name}.csv").write_text(drawn.numbers.as_csv(), encoding="utf-8")
     with rc_context(NARROW_STYLE):
         again = figure(*args)
         assert again is not None
         settle(again[0])
-        with rc_context(SETTLED):
-            narrow = inline_svg(again[0], f"{drawn.name}-narrow")
-    return replace(drawn, wide=wide, narrow=narrow)
+        return replace(drawn, wide=wide, narrow=inline_svg(again[0], f"{drawn.name}-narrow"))

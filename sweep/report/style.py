@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context, rcParams
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -84,25 +84,22 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "figure.facecolor": WHITE,
     "figure.figsize": (WIDE, 4.0),
-    "figure.constrained_layout.use": True,
     "svg.fonttype": "path",
     "svg.hashsalt": "sweep",
 }
 NARROW_STYLE = {**STYLE, "figure.figsize": (NARROW, 4.0)}
-SETTLED = {"figure.constrained_layout.use": False}  # matplotlib sets a figure's layout anew after it was written
 
 
 def new_figure(height: float) -> Figure:
     """A figure of that many inches, as wide as the style in use says."""
-    return Figure(figsize=(rcParams["figure.figsize"][0], height))
+    return Figure(figsize=(rcParams["figure.figsize"][0], height), layout="constrained")
 
 
 def settle(figure: Figure) -> None:
     """Lay the figure out, once and for all: else it is laid out, and drawn, twice for every file it is written to."""
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
-        with rc_context(SETTLED):
-            figure.set_layout_engine(None)
+        figure.set_layout_engine(None)
 
 
 def is_narrow() -> bool:
