@@ -316,7 +316,7 @@ def _is_running(folder: StudyFolder) -> bool:
 
 
 def _say(*lines: str) -> None:
-    print("\n".join(lines), flush=True)
+    print(without_credentials("\n".join(lines)), flush=True)
 
 
 def _complain(text: str) -> None:

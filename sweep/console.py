@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweep.study.arms import FULL
+from sweep.study.credentials import without_credentials
 from sweep.study.finalists import count_confirm_trials, count_finalists, count_search_trials
 from sweep.study.records import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, SEARCH, Prepared, StudyForecast
 from sweep.study.schema import Study, rate_values
@@ -87,7 +88,7 @@ def _progress_line(progress: Progress) -> str:
         parts.append(f"{clock(progress.seconds_left)} left")
     if progress.message:
         parts.append(progress.message)
-    return ", ".join(parts)
+    return without_credentials(", ".join(parts))
 
 
 def _progress_table(progress: Progress) -> Table:
@@ -121,7 +122,7 @@ def _progress_table(progress: Progress) -> Table:
     whole = Table.grid()
     whole.add_row(table)
     whole.add_row(ProgressBar(total=max(progress.steps_total, 1), completed=progress.steps_done, width=60))
-    whole.add_row(Text(progress.message or "", style="dim"))
+    whole.add_row(Text(without_credentials(progress.message or ""), style="dim"))
     return whole
 
 

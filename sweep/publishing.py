@@ -21,7 +21,7 @@ from sweep.report.results import ArmResult, Findings
 from sweep.report.statistics import find
 from sweep.report.summary import summary
 from sweep.report.words import rate
-from sweep.study.errors import FieldError
+from sweep.study.errors import FieldError, first_line
 from sweep.study.files import read_json, write_json
 from sweep.study.home import Home, StudyFolder, find_home
 from sweep.study.records import COMPLETE, CONFIRM, TrialSpec
@@ -217,8 +217,7 @@ def _with_adapter(places: Places, study: Study, record: StudyRecord, findings: F
         _set_aside(to, study)
         export(study, record, trial, to, False, " ".join(findings.sentences), cache)
     except Exception as error:  # the report stands all the same; the next run tries again
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return replace(places, no_adapter=f"not written: {reason}", whole=False)
+        return replace(places, no_adapter=f"not written: {first_line(error)}", whole=False)
     return replace(places, adapter=str(to))
 
 

@@ -27,7 +27,9 @@ from tiny_texts import save_tiny_llama, write_lines
 from sweep import cli
 from sweep.driver.driver import run_study
 from sweep.driver.question import refuse_other_question, write_question
+from sweep.execution.ray_actor import last_line
 from sweep.study.credentials import CUT, kept_address, without_credentials
+from sweep.study.errors import in_one_line
 from sweep.study.file import read_study
 from sweep.study.home import Home
 
@@ -48,6 +50,10 @@ ENVIRONMENT = {
     "HTTPS_PROXY": f"http://someone:{CANARY}-proxy@127.0.0.1:9",
     "HTTP_PROXY": f"http://someone:{CANARY}-proxy@127.0.0.1:9",
     "NO_PROXY": "127.0.0.1",
+    "MYSQL_PWD": f"{CANARY}-mysql",
+    "GITHUB_PAT": f"{CANARY}-github",
+    "AZURE_STORAGE_CONNECTION_STRING": f"DefaultEndpointsProtocol=https;AccountName=me;AccountKey={CANARY}/+==;X=y",
+    "FSSPEC_S3": f'{{"anon": false, "key": "{CANARY}-id", "secret": "{CANARY}+/fsspec"}}',
 }
 
 STUDY = """
@@ -76,6 +82,8 @@ confirm: {{seeds: [1, 2], reference: 2, epsilon: 10.0}}
         (f"host=h password='a {CANARY}' dbname=x", "host=h password=… dbname=x"),
         (f'{{"password": "a {CANARY}", "n": 1}}', '{"password": …, "n": 1}'),
         (f"aws_secret_access_key = {CANARY}/+", "aws_secret_access_key = …"),
+        (f"AccountName=me;AccountKey={CANARY}/+==;X=y", "AccountName=me;AccountKey=…;X=y"),
+        (f"SharedAccessSignature={CANARY}%2f;X=y", "SharedAccessSignature=…;X=y"),
         (f"Authorization: Basic {CANARY}{CANARY}==", "Authorization: Basic …"),
         (f"Bearer {CANARY}.{CANARY}", "Bearer …"),
         (f"token=hf_{CANARY}{CANARY}{CANARY}", "token=…"),
@@ -103,6 +111,15 @@ def test_what_is_not_secret_stays_as_it_is(text: str) -> None:
     assert without_credentials(text) == text
 
 
+@pytest.mark.parametrize("short", [last_line, in_one_line])
+@pytest.mark.parametrize("before", [280, 295, 480, 495])
+def test_a_long_error_is_cleaned_before_it_is_cut(
+    short: Callable[[BaseException], str], before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", f"{CANARY}{CANARY}-of-ray")
+    assert CANARY not in short(RuntimeError(f"{'x' * before} {CANARY}{CANARY}-of-ray"))
+
+
 SECRETS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=6, max_size=24).filter(
     lambda secret: re.search(r"[A-Za-z0-9]{4}", secret)
 )
@@ -121,6 +138,10 @@ def test_what_the_environment_holds_is_cut_out_of_any_text(name: str, monkeypatc
     told = {ENVIRONMENT[name]}
     if "://" in ENVIRONMENT[name]:  # the password alone, as it stands there and as it is meant
         told |= {PASSWORD, ENCODED} if name == "DATABASE_URL" else {f"{CANARY}-proxy"}
+    if name == "FSSPEC_S3":  # each of them alone, as a library tells it
+        told |= {f"{CANARY}-id", f"{CANARY}+/fsspec"}
+    if name == "AZURE_STORAGE_CONNECTION_STRING":
+        told.add(f"{CANARY}/+==")
     for secret in told:
         assert without_credentials(f"the server said <{secret}>!").count(CANARY) == 0
 

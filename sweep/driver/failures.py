@@ -12,6 +12,7 @@ from typing import Any
 from sweep.driver.interrupts import heed
 from sweep.driver.packing import Pack, halves, name_trials
 from sweep.execution.executor import Executor
+from sweep.study.credentials import without_credentials
 from sweep.study.errors import FieldError, NoWorkers, WorkerLost, in_one_line, is_out_of_memory
 from sweep.study.records import FAILED, INFEASIBLE
 
@@ -91,7 +92,7 @@ def _after_loss(pack: Pack, error: WorkerLost) -> Decision:
 
     The last try of a trial is made without others beside it: the system ends what takes memory, whoever asked last.
     """
-    who, why = name_trials(pack), " ".join(str(error).split())
+    who, why = name_trials(pack), without_credentials(" ".join(str(error).split()))
     lost = replace(pack, losses=pack.losses + 1)
     if len(pack.slots) > 1 and pack.losses:
         parts = halves(replace(pack, losses=1))

@@ -11,6 +11,7 @@ from typing import Any
 from sweep import __version__
 from sweep.execution.ray_nodes import Node, Plan, cpus_of_worker
 from sweep.execution.worker import answer
+from sweep.study.credentials import without_credentials
 from sweep.study.errors import FieldError
 
 
@@ -72,4 +73,4 @@ def how_it_ended(error: BaseException, node: Node) -> str:
 def last_line(error: BaseException) -> str:
     """That which says most in an error with somebody's trace-back in it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return without_credentials(lines[-1])[:300] if lines else type(error).__name__

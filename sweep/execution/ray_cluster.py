@@ -15,7 +15,7 @@ from typing import Any
 
 from sweep.execution.devices import visible_gpus
 from sweep.execution.ray_nodes import Node
-from sweep.study.errors import NoWorkers
+from sweep.study.errors import NoWorkers, in_one_line
 from sweep.study.lifeline import temporary_folder
 
 OBJECT_STORE_BYTES = 100 * 2**20  # units and measurements are small; tensors stay in files
@@ -162,7 +162,7 @@ def _why(error: BaseException) -> str:
         return "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of its nodes"
     if "No node info found" in text:
         return "none of its nodes is on this machine; start one here (`ray start --address=HOST:PORT`), or go to one"
-    return " ".join(str(error).split())[:300]
+    return in_one_line(error)
 
 
 def _default(wanted: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ IN_QUERY = re.compile(
 )
 # key=value and key: value, quoted or not; pad_token and its like are no secrets.
 IN_PAIR = re.compile(
-    r"(\b[\w.-]*(?:passw(?:or)?d|passphrase|secret|(?:access|api|private)[_-]?key)(?:[_-][\w-]*)?['\"]?\s*[=:]\s*"
+    r"(\b[\w.-]*(?:passw(?:or)?d|passphrase|secret|(?:access|account|api|private)[_-]?key"
+    r"|shared[_-]?access[_-]?signature)(?:[_-][\w-]*)?['\"]?\s*[=:]\s*"
     r"|(?<![\w-])(?:[\w.-]*(?:access|api|auth|hf|id|refresh|security|session)[_-])?token['\"]?\s*=\s*)"
     r"('[^']*'|\"[^\"]*\"|[^\s,;&'\"]+)",
     re.IGNORECASE,
@@ -28,10 +30,17 @@ IN_HEADER = re.compile(
 KEYS = re.compile(r"\b(hf_)\w{16,}|\b(A[KS]IA)[A-Z0-9]{16}\b")
 # Variables of the environment that hold a secret, and those that hold an address which may.
 SECRET_NAME = re.compile(
-    r"(?:^|_)(?:PG)?(?:PASSWORD|PASSWD|PASS|PASSPHRASE|TOKEN|SECRET|KEY|APIKEY|CREDENTIALS?)(?:_ID)?$", re.IGNORECASE
+    r"(?:(?:^|_)(?:PG)?(?:PASSWORD|PASSWD|PASS|PASSPHRASE|PAT|TOKEN|SECRET|KEY|APIKEY|CREDENTIALS?)|_PWD)(?:_ID)?$",
+    re.IGNORECASE,
 )
-ADDRESS_NAME = re.compile(r"(?:URI|URL|DSN|PROXY|STORAGE|CHECKPOINTS|ENDPOINT|CONNECTION|ADDRESS)$", re.IGNORECASE)
-IN_VALUE = re.compile(r"\w://[^/\s:@]*:(\S*)@|(?:password|passwd|token)=('[^']*'|[^\s&;]+)", re.IGNORECASE)
+ADDRESS_NAME = re.compile(
+    r"(?:URI|URL|DSN|PROXY|STORAGE|CHECKPOINTS|ENDPOINT|CONNECTION|CONNECTION_STRING|ADDRESS)$", re.IGNORECASE
+)
+OPTIONS_NAME = re.compile(r"^FSSPEC_[A-Z0-9]+$", re.IGNORECASE)  # a file system's arguments as JSON
+IN_VALUE = re.compile(
+    r"\w://[^/\s:@]*:(\S*)@|(?:password|passwd|pwd|token|accountkey|signature)=('[^']*'|[^\s&;]+)", re.IGNORECASE
+)
+IN_OPTIONS = re.compile(r"pass|pwd|token|key|secret|credential|connection|sas", re.IGNORECASE)
 IN_URL = re.compile(r"[/?#@:]")  # what parts a URL
 SHORTEST = 6  # of a secret that is looked for by itself
 
@@ -85,13 +94,24 @@ def _secrets_around() -> Iterator[str]:
         if kind is not None:
             value = os.environ.get(name, "")
             found = [value] if kind is SECRET_NAME else [one for pair in IN_VALUE.findall(value) for one in pair]
+            if kind is OPTIONS_NAME:
+                found += _in_options(value)
             if kind is ADDRESS_NAME:  # whoever parses a password that is not encoded may tell of a part of it
                 found += [part for one in found for part in IN_URL.split(one)]
             for secret in found:
                 yield from (form for form in (secret, unquote(secret), secret.strip("'")) if len(form) >= SHORTEST)
 
 
+def _in_options(value: str) -> list[str]:
+    try:
+        options = json.loads(value)
+    except ValueError:
+        return []
+    pairs = options.items() if isinstance(options, dict) else ()
+    return [one for name, one in pairs if isinstance(one, str) and IN_OPTIONS.search(name)]
+
+
 @cache
 def _kind(name: str) -> re.Pattern[str] | None:
     """What a variable of the environment is known to hold, by its name."""
-    return next((kind for kind in (SECRET_NAME, ADDRESS_NAME) if kind.search(name)), None)
+    return next((kind for kind in (SECRET_NAME, ADDRESS_NAME, OPTIONS_NAME) if kind.search(name)), None)

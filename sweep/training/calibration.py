@@ -17,6 +17,7 @@ from sweep import __version__
 from sweep.lora.optim import moment_count
 from sweep.lora.passes import UnpackableError
 from sweep.study.arms import Arm
+from sweep.study.errors import in_one_line
 from sweep.study.files import read_json, write_json
 from sweep.study.records import Prepared, Setup, TrialSpec
 from sweep.training.batches import AnyBatch, Batch, collate
@@ -174,7 +175,7 @@ def _try_pack(setup: Setup, choice: Prepared, arms: Sequence[Arm], steps: int = 
     try:
         return _time_pack(setup, choice, arms, steps)
     except (ValueError, NotImplementedError, ImportError, RuntimeError, MemoryError) as error:
-        failed = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        failed = in_one_line(error)[:200]
     tried = {"precision": choice.precision, "attention": choice.attention, "pack_size": choice.pack_size}
     return {**tried, "failed": failed}
 
