@@ -36,12 +36,17 @@ install_torch() {
         || .venv/bin/pip install -q "torch==$TORCH"
 }
 
-# uv takes seconds where pip takes minutes. Where uv is not to be had, or fails (it does not read pip's own settings: a
-# mirror, a proxy's certificate), pip installs the same versions.
+# uv takes seconds where pip takes minutes, and the same versions. It does not read pip's settings: where pip has an
+# index of its own, or uv fails, pip installs.
 install() {
-    { .venv/bin/pip install -q uv \
-        && .venv/bin/uv pip install -q --python .venv/bin/python --constraint constraints.txt "$@"; } 2>/dev/null \
-        || .venv/bin/pip install -q "$@"
+    if ! .venv/bin/pip config list | grep -E '[.](index-url|no-index)=' >/dev/null; then
+        if .venv/bin/pip install -qq uv \
+            && .venv/bin/uv pip install -q --python .venv/bin/python --constraint constraints.txt "$@"; then
+            return
+        fi
+        echo "note: uv could not install that (see above); pip does, which takes minutes" >&2
+    fi
+    .venv/bin/pip install -q "$@"
 }
 
 # The tests start servers of their own: PostgreSQL's package is to make no database and start nothing. Usage: [sudo …]

@@ -166,8 +166,8 @@ def test_damage_is_found_in_a_prefix_and_in_a_base_that_come_along_and_texts_may
     family, settings = KINDS["plain"]
     folder = write_with_peft(family, tmp_path, **settings)
     weights = ["adapter_model.safetensors", "prefix/adapter_model.safetensors", "base/model.safetensors"]
-    configs = ["adapter_config.json", "prefix/adapter_config.json"]
-    for name in (*weights[1:], configs[1]):
+    configs = ["adapter_config.json", "prefix/adapter_config.json", "base/config.json"]
+    for name in (*weights[1:], *configs[1:]):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((folder / Path(weights[0] if name in weights else configs[0])).read_bytes())
     (folder / "README.md").write_text("card")
@@ -181,6 +181,14 @@ def test_damage_is_found_in_a_prefix_and_in_a_base_that_come_along_and_texts_may
         (folder / name).write_bytes(content)
     (folder / weights[1]).unlink()
     assert is_damaged(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_is_no_name_of_a_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    folder = write_with_peft("llama", tmp_path, r=2, target_modules=["q_proj"])
+    (folder / "sweep.json").write_text(json.dumps({"sha256": {name: "0"}}))
+    with pytest.raises(FieldError, match=r"is no name of a file"):
+        read_adapter(folder)
 
 
 def test_bases_are_the_same_by_fingerprint_and_else_by_name(tmp_path: Path) -> None:

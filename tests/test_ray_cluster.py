@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -113,25 +115,37 @@ def test_workers_share_a_gpu_and_without_one_they_see_none(nodes: Nodes) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("theirs", ["none", "another"])
+@pytest.mark.parametrize("theirs", ["none", "another", "edited"])
 def test_nodes_without_this_lora_sweep_are_told_of_before_patience_is_lost(
     nodes: Nodes, tmp_path: Path, theirs: str
 ) -> None:
     package = tmp_path / "there" / "sweep"
-    package.mkdir(parents=True)
     missing = "raise ModuleNotFoundError(\"No module named 'sweep'\")"
-    (package / "__init__.py").write_text('__version__ = "0.0.1"' if theirs == "another" else missing)
+    if theirs == "edited":
+        shutil.copytree(Path(sweep.__file__).parent, package)
+        with open(package / "lora" / "optim.py", "a") as file:
+            file.write("# other\n")
+    else:
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text('__version__ = "0.0.1"' if theirs == "another" else missing)
     if theirs == "another":
         for room in ("execution", "study"):
             (package / room).symlink_to(Path(sweep.__file__).with_name(room))
     node = nodes.add(1, gpus=1, PYTHONPATH=str(package.parent))
     said = driver(nodes.address, '{"gpus": 1.0}', cwd=tmp_path, **clusters.JOINED)
-    why = "lora-sweep 0.0.1, not" if theirs == "another" else "ModuleNotFoundError: No module named 'sweep'"
-    assert said.splitlines()[1].startswith(
-        f"NoWorkers: no worker starts on the nodes of the Ray cluster ({why}"
-    ) and said.endswith(
-        f": each needs lora-sweep {sweep.__version__}, and the token of this command; then run the same command again\n"
+    ours = (
+        rf"lora-sweep {re.escape(sweep.__version__)} \(files \w{{8}}\), torch [\d.]+, transformers [\d.]+, peft [\d.]+"
     )
+    why = {
+        "none": "ModuleNotFoundError: No module named 'sweep'",
+        "another": rf"lora-sweep 0\.0\.1 .*, not {ours}",
+        "edited": rf"{ours}, not {ours}",
+    }
+    expected = (
+        rf"NoWorkers: no worker starts on the nodes of the Ray cluster \({why[theirs]}\): each needs {ours}, and the "
+        r"token of this command; then run the same command again"
+    )
+    assert re.fullmatch(expected, said.splitlines()[1]), said
     nodes.kill(node)
 
 

@@ -20,6 +20,8 @@ from sweep.lora.methods import DORA
 from sweep.study.errors import FieldError
 from sweep.study.files import file_sha256
 
+BASE_CONFIG = "config.json"  # of a base that comes along
+
 
 def save_adapter(adapter: PeftAdapter, to: Path, target_modules: Sequence[str], made_by: Mapping[str, Any]) -> None:
     """Write an adapter that was made of others: their labels, task and own base go with it.
@@ -75,7 +77,8 @@ def write_mark(folder: Path, told: Mapping[str, Any]) -> None:
     Of texts that people may change (README.md, a tokenizer's settings) there are none.
     """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    weights = [name for name in files if PurePosixPath(name).suffix == ".safetensors" or name.endswith(CONFIG)]
+    paths = [PurePosixPath(name) for name in files]
+    weights = [path.as_posix() for path in paths if path.suffix == ".safetensors" or path.name in (CONFIG, BASE_CONFIG)]
     digests = {name: file_sha256(folder / name) for name in weights if CONFIG in files}
     mark = {"sweep": __version__, **told, "files": [*files, MARK], "sha256": digests}
     (folder / MARK).write_text(json.dumps(mark, indent=1))

@@ -321,7 +321,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _inside(folder: Path, name: str) -> Path:
     """The file, which lies in the folder itself, or where the hub's cache keeps the folder's files."""
-    path, home = (folder / name).resolve(), folder.resolve()
+    try:
+        path, home = (folder / name).resolve(), folder.resolve()
+    except ValueError:  # a NUL, half of a surrogate pair
+        _refuse(folder, ascii(name), "is no name of a file")
     blobs = home.parent.parent / "blobs"
     if not path.is_relative_to(home) and not (home.parent.name == "snapshots" and path.parent == blobs):
         _refuse(folder, name, f"leads out of the folder, to {path}")

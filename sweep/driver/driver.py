@@ -27,7 +27,7 @@ from sweep.study.finalists import count_confirm_trials
 from sweep.study.home import StudyFolder
 from sweep.study.records import Cost, Prepared, StudyForecast, to_json
 from sweep.study.schema import Study
-from sweep.tracking.journal import StudyRecord, append, read_study_record
+from sweep.tracking.journal import StudyRecord, append, append_twice, read_study_record
 
 __all__ = ["Busy", "Progress", "QuestionChanged", "StorageError", "run_study"]
 
@@ -88,7 +88,7 @@ def _prepare(session: Session) -> Prepared:
     arms = session.study.list_arms()
     seconds, doing = seconds_aside(session.study), "reading the model and the data"
     prepared: Prepared = call(session.executor, doing, session.work.prepare, session.setup, arms, seconds=seconds)
-    append(session.folder.journal, "prepared", prepared=to_json(prepared))
+    append_twice(session.folder, "prepared", prepared=to_json(prepared))
     for line in disturbance(prepared):
         warn(session, line)
         session.say(line)

@@ -6,7 +6,7 @@ from uuid import uuid4
 
 from sweep.study.errors import FieldError
 from sweep.study.schema import Study
-from sweep.tracking.journal import StudyRecord, append, read_study_record
+from sweep.tracking.journal import StudyRecord, append_twice, read_study_record
 from sweep.tracking.remote import PlaceError, as_place, exists, try_writing
 
 
@@ -24,7 +24,7 @@ def settle_place(asked: str, study: Study, known: StudyRecord) -> StudyRecord:
         try_writing(place)
     if place == known.place:
         return known
-    append(known.folder.journal, "checkpoints", place=place)
+    append_twice(known.folder, "checkpoints", place=place)
     return read_study_record(known.folder)
 
 

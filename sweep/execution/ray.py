@@ -19,9 +19,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from sweep import __version__
 from sweep.execution.choose import count
-from sweep.execution.ray_actor import how_it_ended, last_line, place_actor, read_answer
+from sweep.execution.ray_actor import code, how_it_ended, last_line, place_actor, read_answer
 from sweep.execution.ray_cluster import Cluster, answers, joined, list_nodes, this_machine
 from sweep.execution.ray_nodes import (
     Node,
@@ -190,7 +189,7 @@ class RayExecutor:
             node = min(free, key=lambda node: there[node.id])
             worker = Worker(node, place_actor(self._plan, node))
             self._workers.append(worker)
-            self._when_done(worker.actor.version.remote(), partial(self._started, worker))
+            self._when_done(worker.actor.code.remote(), partial(self._started, worker))
 
     def _with_room(self) -> list[Node]:
         """The nodes that could hold a worker if nothing else ran on them."""
@@ -201,12 +200,12 @@ class RayExecutor:
         if worker not in self._workers:
             return
         error, node = done.exception(), worker.node
-        if error is None and done.result() == __version__:
+        if error is None and done.result() == code():
             worker.ready = True
             self._troubles.pop(node.id, None)
             self._count_slots()
             return
-        reason = f"lora-sweep {done.result()}, not {__version__}" if error is None else last_line(error)
+        reason = f"{done.result()}, not {code()}" if error is None else last_line(error)
         times = 1 + (self._troubles[node.id].times if node.id in self._troubles else 0)
         self._troubles[node.id] = Trouble(reason, times, self._now + times)
         self._drop(worker)
@@ -282,7 +281,7 @@ class RayExecutor:
         tried = [self._troubles.get(node.id) for node in self._with_room()]
         if tried and all(trouble is not None and trouble.times >= STARTS for trouble in tried):
             reasons = "; ".join(sorted({trouble.reason for trouble in tried if trouble is not None}))
-            needs = f"each needs lora-sweep {__version__}, and the token of this command"
+            needs = f"each needs {code()}, and the token of this command"
             error = NoWorkers(
                 f"no worker starts on the nodes of the Ray cluster ({reasons}): {needs}; then {RUN_AGAIN}"
             )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from sweep import __version__
+import sweep
 from sweep.execution.ray_nodes import Node, Plan, cpus_of_worker
 from sweep.execution.worker import answer
 from sweep.study.credentials import without_credentials
@@ -24,11 +28,22 @@ class Actor:
         if not gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-    def version(self) -> str:
-        return __version__
+    def code(self) -> str:
+        return code()
 
     def run(self, request: bytes) -> bytes:
         return answer(request)
+
+
+@cache
+def code() -> str:
+    """What makes a trial's numbers here: our files, and the versions of the libraries that train."""
+    ours = Path(sweep.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(ours.rglob("*.py")):
+        digest.update(f"{path.relative_to(ours)}\n".encode() + path.read_bytes())
+    libraries = [f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers", "peft")]
+    return ", ".join([f"lora-sweep {sweep.__version__} (files {digest.hexdigest()[:8]})", *libraries])
 
 
 def read_answer(done: Future[bytes], node: Node) -> tuple[Any, Exception | None]:

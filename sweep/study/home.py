@@ -46,6 +46,11 @@ class StudyFolder:
         return self.path / "journal.jsonl"
 
     @property
+    def second_journal(self) -> Path:
+        """The lines of the journal that nothing can tell again."""
+        return self.path / "journal-2.jsonl"
+
+    @property
     def lock(self) -> Path:
         return self.path / "lock"
 

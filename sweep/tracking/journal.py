@@ -44,6 +44,8 @@ FOUND_OUT_AGAIN = {
     "warning": "a warning, which is lost",
     "finished": "that the study is complete, which is found out again",
 }
+# Events that cannot: without them no trial could go on. They are written a second time.
+WRITTEN_TWICE = {"prepared": "what model and data are", "checkpoints": "where the checkpoints lie"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,12 @@ class StudyRecord:
         return dict(found)
 
 
+def append_twice(folder: StudyFolder, event: str, **fields: Any) -> None:
+    """One of WRITTEN_TWICE. The journal comes first: it tells of all that the other does."""
+    append(folder.journal, event, **fields)
+    append(folder.second_journal, event, **fields)
+
+
 def append_asked(spec: TrialSpec) -> None:
     append(trial_journal(spec), "asked", trial=to_json(spec))
 
@@ -185,6 +193,11 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
     finished_at: float | None = None
     sessions: list[tuple[float, float]] = []
     provenance: list[dict[str, Any]] = []
+    for event in read_events(folder.second_journal, _mend_second):
+        if event["event"] == "prepared":
+            prepared = prepared_from_json(event["prepared"])
+        else:
+            place = event["place"]
     events = read_events(folder.journal, _mend_study)
     for event in events:
         kind = event["event"]
@@ -248,7 +261,16 @@ def _mend_trial(path: Path, number: int, event: str) -> str:
 
 def _mend_study(path: Path, number: int, event: str) -> str:
     """What to do about a damaged line of a study's journal."""
-    if event in FOUND_OUT_AGAIN:
-        lost = f"it told {FOUND_OUT_AGAIN[event]}"
-        return f"{lost}; remove that line (sed -i {number}d {path}) and run the study again"
-    return f"restore it from a backup; without one, remove the folder {path.parent} and run the study anew"
+    lost = f"it told {FOUND_OUT_AGAIN.get(event)}"
+    second = StudyFolder(path.parent).second_journal
+    if event in WRITTEN_TWICE and second.exists():
+        lost = f"it told {WRITTEN_TWICE[event]}, which {second.name} tells too"
+    elif event not in FOUND_OUT_AGAIN:
+        return f"restore it from a backup; without one, remove the folder {path.parent} and run the study anew"
+    return f"{lost}; remove that line (sed -i {number}d {path}) and run the study again"
+
+
+def _mend_second(path: Path, number: int, event: str) -> str:
+    """What to do about a damaged line of the second journal."""
+    journal = StudyFolder(path.parent).journal
+    return f"{journal.name} tells the same: remove {path} and run the study again"

@@ -218,29 +218,44 @@ class TestJournals:
     @pytest.mark.fault(
         case="a byte of the study's journal flips",
         happens="found by the line's checksum; the command says what the line told, and which command removes it where "
-        "that can be found out again: costs are measured again, finalists chosen again from the same search",
-        lost="what the line told, said in one line, exit 1; without the line on model and data the study, unless there "
-        "is a backup",
+        "that can be found out again: costs are measured again, finalists chosen again from the same search; what "
+        "model and data are, and where checkpoints lie, a second journal tells too",
+        lost="no result; a time, a forecast or a warning that the line told, said in one line, exit 1",
     )
     def test_the_advice_for_a_studys_journal_is_right(self, home: Home, done: Home) -> None:
         run(home, STUDY)
         journal = home.study("fake").journal
         whole, kinds = journal.read_bytes(), events_of(journal)
         assert set(kinds) == {"started", "prepared", "forecast", "cost", "finalists", "finished"}
-        for number, kind in reversed(list(enumerate(kinds, start=1))):
+        for number in range(len(kinds), 0, -1):
             journal.write_bytes(whole)
             flip(journal, sum(len(line) + 1 for line in whole.split(b"\n")[: number - 1]) + 40)
             line = damaged(lambda: run(home, STUDY))
             assert line.startswith(f"{journal}: line {number} is damaged, not what was written: ")
-            if kind == "prepared":
-                assert line.endswith(f"without one, remove the folder {journal.parent} and run the study anew")
-                continue
             advice = re.search(r"remove that line \((sed .*)\)", line)
             assert advice is not None, line
             subprocess.run(advice[1].split(), check=True)
             run(home, STUDY)
             check_undisturbed(home, done)
-            assert set(events_of(journal)) | {"started", "forecast"} >= set(kinds), "it was not found out again"
+            told = set(events_of(journal)) | {"started", "forecast"}
+            assert told | set(events_of(home.study("fake").second_journal)) >= set(kinds), "it was not found out again"
+
+    def test_a_second_journal_that_is_damaged_too_is_not_believed(self, home: Home, done: Home) -> None:
+        record = interrupt(home, rungs=4)
+        journal, second = record.folder.journal, record.folder.second_journal
+        flip(second, 40)
+        line = damaged(lambda: run(home, STUDY))
+        assert line == f"{second}: line 1 is damaged, not what was written: {journal.name} tells the same: remove " + (
+            f"{second} and run the study again"
+        )
+        second.unlink()
+        inside = journal.read_bytes().index(b'"prepared": {') + 14
+        flip(journal, inside)
+        line = damaged(lambda: run(home, STUDY))
+        assert line.endswith(f"without one, remove the folder {journal.parent} and run the study anew")
+        flip(journal, inside)
+        run(home, STUDY)
+        check_undisturbed(home, done)
 
     def test_no_flipped_byte_of_any_journal_is_believed(self, home: Home) -> None:
         """Every byte of every line, one at a time, by one of its bits; the end of the last line among them."""
