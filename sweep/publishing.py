@@ -31,7 +31,7 @@ from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 from sweep.tracking.mlflow import Projector, find_tracking, register, set_alias
 from sweep.tracking.models import alias_of
 
-SECONDS_TO_TRACK = 120.0
+SECONDS_TO_TRACK = 120.0  # that MLflow may take nothing at the end before it is given up
 
 
 @dataclass(frozen=True)

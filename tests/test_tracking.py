@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -324,7 +325,86 @@ def test_a_server_that_never_answers_gives_a_warning_in_time(home: Home, study: 
         began = time.monotonic()
         warning = projector.finish(1)
         assert time.monotonic() - began < 2
-        assert warning is not None and "not done within 1 s" in warning
+        assert warning is not None and "it took nothing for 1 s" in warning
+
+
+def test_once_training_is_over_the_rest_is_sent_in_one_go(
+    home: Home, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweep.tracking.mlflow.EVERY_S", 0.05)
+    monkeypatch.setattr("sweep.tracking.mlflow.AT_ONCE_S", 0.0)  # one trial a time, and then a pause
+    folder = journals.whole_study(home, study)
+    sent, real = threading.Event(), mlflow.MlflowClient.log_batch
+
+    def slow(self: Any, *args: Any, **values: Any) -> None:
+        real(self, *args, **values)
+        time.sleep(0.2)
+        sent.set()
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", slow)
+    projector = Projector(study, folder, find_tracking(home))
+    projector.start()
+    assert sent.wait(60)
+    monkeypatch.setattr("sweep.tracking.mlflow.EVERY_S", 3600.0)  # the first go after `hasten` must be the only one
+    projector.hasten()
+    deadline = time.monotonic() + 60
+    while view(find_tracking(home), study).parent.info.status != "FINISHED" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(view(find_tracking(home), study).children) == len(read_study_record(folder).trials)
+    projector.stop(30)
+
+
+def test_what_is_sent_slowly_is_waited_for_longer_than_what_stands_still(
+    home: Home, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, patience = journals.whole_study(home, study), 3.0
+    trials = len(read_study_record(folder).trials)
+    real, goes_on = mlflow.MlflowClient.log_batch, threading.Event()
+
+    def slow(self: Any, *args: Any, **values: Any) -> None:
+        time.sleep(2 * patience / trials)
+        real(self, *args, **values)
+
+    def stuck(self: Any, *args: Any, **values: Any) -> None:
+        goes_on.wait(60)
+        real(self, *args, **values)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", slow)
+    projector = Projector(study, folder, find_tracking(home))
+    projector.start()
+    began = time.monotonic()
+    assert projector.finish(patience) is None
+    assert time.monotonic() - began > patience
+    assert len(view(find_tracking(home), study).children) == trials
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", stuck)
+    journals.ask(folder, study.list_arms()[0], 0.02, 7, SEARCH)
+    projector = Projector(study, folder, find_tracking(home))
+    projector.start()
+    began = time.monotonic()
+    warning = projector.finish(patience)
+    assert patience < time.monotonic() - began < 3 * patience
+    assert warning is not None and "it took nothing for 3 s" in warning
+    goes_on.set()
+    projector.stop(60)
+
+
+def test_an_interrupt_waits_no_longer_than_it_says_for_what_is_still_sent(
+    home: Home, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = journals.whole_study(home, study), mlflow.MlflowClient.log_batch
+
+    def slow(self: Any, *args: Any, **values: Any) -> None:
+        real(self, *args, **values)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", slow)
+    projector = Projector(study, folder, find_tracking(home))
+    projector.start()
+    began = time.monotonic()
+    projector.stop(1)
+    assert time.monotonic() - began < 2
+    projector.stop(60)
 
 
 def test_a_tracking_server_is_honoured(server: str, home: Home, study: Study, tmp_path: Path) -> None:
