@@ -131,8 +131,9 @@ class Projector:
         self._thread.join(seconds)
 
     def _end(self) -> None:
+        self._training = False  # first: the last time is unthrottled
         self._finishing = True
-        self.hasten()
+        self._wake.set()
 
     def _run(self) -> None:
         view, pause = None, EVERY_S
