@@ -12,7 +12,7 @@ from uuid import uuid4
 from sweep.adapters.export import Exported, ExportError, check_in_fresh_process, export
 from sweep.adapters.folders import check_target
 from sweep.adapters.peft_format import is_damaged
-from sweep.analyses import analyse
+from sweep.analyses import analyse, one_writer
 from sweep.console import validation_loss
 from sweep.exits import FAILED, Refused
 from sweep.report.confirmed import confirm_trials
@@ -26,7 +26,7 @@ from sweep.study.files import read_json, write_json
 from sweep.study.home import Home, StudyFolder, find_home
 from sweep.study.records import COMPLETE, CONFIRM, TrialSpec
 from sweep.study.schema import Study
-from sweep.tracking.connection import locked, without_credentials
+from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 from sweep.tracking.mlflow import Projector, find_tracking, register, set_alias
 from sweep.tracking.models import alias_of
@@ -50,9 +50,7 @@ class Places:
 
 def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path, say: Callable[[str], None]) -> Places:
     """Make the analyses, write report and adapter, each where it does not lie there yet; bring MLflow up to date."""
-    another = f"another `sweep run` writes what study {study.name} found: this one waits for it"
-    # The study's own lock is free by now.
-    with locked(folder.path / "publish.lock", lambda: say(another)):
+    with one_writer(study, folder, say):
         analyse(study, folder, cache, say)
         record = read_study_record(folder)
         places = _published(folder, record.finished_at)
