@@ -30,6 +30,7 @@ from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 from sweep.tracking.mlflow import Projector, find_tracking, register, set_alias
 from sweep.tracking.models import alias_of
+from sweep.tracking.registered import remember_registered
 
 SECONDS_TO_TRACK = 120.0  # that MLflow may take nothing at the end before it is given up
 
@@ -61,7 +62,8 @@ def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path
     # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
     adapter = Path(places.adapter) if places.adapter else None
     warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, places.summary)
-    return replace(places, warnings=(*places.warnings, warning)) if warning else places
+    told = [warning] if warning else projector.lost_models()
+    return replace(places, warnings=(*places.warnings, *told))
 
 
 def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
@@ -151,6 +153,7 @@ def register_exported(
     except Exception as error:  # MLflow's own, and those of whatever carries it
         reason = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]
         raise Refused(f"MLflow at {without_credentials(tracking.uri)}: not registered: {reason}", code=FAILED) from None
+    remember_registered(record.folder, tracking, exported.path, spec.number, name)
     load = f'mlflow.pyfunc.load_model("models:/{name}@{alias}")'
     return f"registered: {name}, version {version}: {load} with MLFLOW_TRACKING_URI={without_credentials(tracking.uri)}"
 

@@ -21,6 +21,7 @@ from sweep.tracking.connection import Tracking, connect, find_tracking, is_datab
 from sweep.tracking.entities import WORKFLOW
 from sweep.tracking.journal import read_events
 from sweep.tracking.models import adapter_sha, create_version, log_model
+from sweep.tracking.registered import forget_lost
 from sweep.tracking.view import Outcome, View, find_children, open_view, update
 
 __all__ = [
@@ -124,6 +125,13 @@ class Projector:
             f"MLflow at {without_credentials(self._tracking.uri)} is not up to date ({reason}). "
             f"No result is lost: {mend}the same `sweep run` command brings it up to date later."
         )
+
+    def lost_models(self) -> list[str]:
+        """A line for each adapter of the study that was registered and that MLflow has lost, once."""
+        try:
+            return forget_lost(self._study.name, self._folder, self._tracking)
+        except Exception:  # of a view: it is asked again by the next command
+            return []
 
     def stop(self, seconds: float) -> None:
         """Project a last time, for at most so long: what is not sent by then is sent by the next command."""
