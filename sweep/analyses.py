@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,22 @@ from sweep.study.domains import domain_studies
 from sweep.study.home import Home, StudyFolder
 from sweep.study.schema import Latency, Study
 from sweep.tracking.analyses import read_analysis, write_analysis
+from sweep.tracking.connection import locked
 from sweep.tracking.journal import StudyRecord, read_study_record
 
 RANK_USE, LATENCY = "rank-use", "latency"
 DOMAINS = "domains"
+
+
+@contextmanager
+def one_writer(study: Study, folder: StudyFolder, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep others from analysing and reporting the study meanwhile: its own lock is free once it is complete.
+
+    say: told where another is at it, and waited for.
+    """
+    another = f"another `sweep run` writes what study {study.name} found: this one waits for it"
+    with locked(folder.path / "publish.lock", lambda: say(another)):
+        yield
 
 
 def analyse(study: Study, folder: StudyFolder, cache: Path, say: Callable[[str], None]) -> None:

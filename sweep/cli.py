@@ -226,6 +226,7 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         with console.watching(console.console()) as listen:
             silent = (lambda progress: None) if was_complete else listen
             run_study(study, folder, workers, storage, home.cache, listen=silent, checkpoints=checkpoints)
+        projector.hasten()  # beside what follows
         workers.shutdown()  # analyses and publishing may need their memory
         if was_complete:
             _say(f"study {study.name} is complete: nothing to do")
@@ -237,7 +238,7 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
     except KeyboardInterrupt:
         _complain("stopping")
         workers.shutdown()  # at once: nobody waits for what they do
-        projector.finish(SECONDS_TO_TRACK_AFTER_INTERRUPT)
+        projector.stop(SECONDS_TO_TRACK_AFTER_INTERRUPT)
         _complain("interrupted; the state is saved, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     finally:

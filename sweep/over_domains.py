@@ -59,13 +59,14 @@ def run(study: Study, home: Home, run_part: Callable[[Study], None], say: Callab
 
 def publish(study: Study, home: Home, say: Callable[[str], None]) -> list[str]:
     """Make the analysis across the parts, and its report where it does not lie there yet. Returns what to print."""
-    from sweep.analyses import analyse_domains
+    from sweep.analyses import analyse_domains, one_writer
     from sweep.report.domains_report import lead_sentences, write_domains_report
 
     to = Path("reports") / study.name
-    found, made = analyse_domains(study, home, say)
-    if made or not (to / "report.html").exists():
-        write_domains_report(study, found, _records(study, home), to)
+    with one_writer(study, home.study(study.name), say):
+        found, made = analyse_domains(study, home, say)
+        if made or not (to / "report.html").exists():
+            write_domains_report(study, found, _records(study, home), to)
     return [*lead_sentences(found), f"report:    {to / 'report.html'}"]
 
 

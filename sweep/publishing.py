@@ -12,7 +12,7 @@ from uuid import uuid4
 from sweep.adapters.export import Exported, ExportError, check_in_fresh_process, export
 from sweep.adapters.folders import check_target
 from sweep.adapters.peft_format import is_damaged
-from sweep.analyses import analyse
+from sweep.analyses import analyse, one_writer
 from sweep.console import validation_loss
 from sweep.exits import FAILED, Refused
 from sweep.report.confirmed import confirm_trials
@@ -26,12 +26,13 @@ from sweep.study.files import read_json, write_json
 from sweep.study.home import Home, StudyFolder, find_home
 from sweep.study.records import COMPLETE, CONFIRM, TrialSpec
 from sweep.study.schema import Study
-from sweep.tracking.connection import locked, without_credentials
+from sweep.tracking.connection import without_credentials
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 from sweep.tracking.mlflow import Projector, find_tracking, register, set_alias
 from sweep.tracking.models import alias_of
+from sweep.tracking.registered import remember_registered
 
-SECONDS_TO_TRACK = 120.0
+SECONDS_TO_TRACK = 120.0  # that MLflow may take nothing at the end before it is given up
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ class Places:
 
 def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path, say: Callable[[str], None]) -> Places:
     """Make the analyses, write report and adapter, each where it does not lie there yet; bring MLflow up to date."""
-    another = f"another `sweep run` writes what study {study.name} found: this one waits for it"
-    # The study's own lock is free by now.
-    with locked(folder.path / "publish.lock", lambda: say(another)):
+    with one_writer(study, folder, say):
         analyse(study, folder, cache, say)
         record = read_study_record(folder)
         places = _published(folder, record.finished_at)
@@ -63,7 +62,8 @@ def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path
     # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
     adapter = Path(places.adapter) if places.adapter else None
     warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, places.summary)
-    return replace(places, warnings=(*places.warnings, warning)) if warning else places
+    told = [warning] if warning else projector.lost_models()
+    return replace(places, warnings=(*places.warnings, *told))
 
 
 def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
@@ -153,6 +153,7 @@ def register_exported(
     except Exception as error:  # MLflow's own, and those of whatever carries it
         reason = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]
         raise Refused(f"MLflow at {without_credentials(tracking.uri)}: not registered: {reason}", code=FAILED) from None
+    remember_registered(record.folder, tracking, exported.path, spec.number, name)
     load = f'mlflow.pyfunc.load_model("models:/{name}@{alias}")'
     return f"registered: {name}, version {version}: {load} with MLFLOW_TRACKING_URI={without_credentials(tracking.uri)}"
 

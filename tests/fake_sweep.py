@@ -90,7 +90,7 @@ def main() -> None:
         sys.modules[f"sweep.training.{name}"] = SimpleNamespace(**functions)  # type: ignore[assignment]
     sys.modules["sweep.publishing"] = SimpleNamespace(publish=_publish, lines=_lines)  # type: ignore[assignment]
     if not options.get("track"):
-        silent = SimpleNamespace(start=lambda: None, finish=lambda *args: None)
+        silent = SimpleNamespace(start=_nothing, hasten=_nothing, finish=_nothing, stop=_nothing)
         sweep.tracking.mlflow.Projector = lambda *args: silent  # type: ignore[assignment, misc]
     sweep.tracking.mlflow.EVERY_S = options.get("track_every", sweep.tracking.mlflow.EVERY_S)
     sweep.driver.patience.PATIENCE_S = options.get("patience", 60.0)  # before the driver takes it
@@ -140,6 +140,10 @@ def _set_clock(seconds: float) -> None:
     """What a clock that is set shows; the monotonic clock is not touched by it."""
     real = time.time
     time.time = lambda: real() + seconds
+
+
+def _nothing(*values: Any) -> None:
+    pass
 
 
 def _publish(study: Any, folder: Any, projector: Any, cache: Path, say: Any) -> Any:

@@ -14,6 +14,7 @@ from sweep.report.statistics import Findings, find
 from sweep.report.tables import confirmed_table
 from sweep.study.arms import Arm
 from sweep.study.records import CONFIRM
+from sweep.study.schema import Study
 from sweep.tracking.journal import TrialRecord
 
 
@@ -27,6 +28,11 @@ def given(folder: Path, losses: dict[int, list[float]], chance: float, *override
     return find(study, record)
 
 
+def notes_of(study: Study, findings: Findings) -> list[str]:
+    """Of the table of what was confirmed."""
+    return [cell.note for row in confirmed_table(study, findings).rows for cell in row.cells if cell.note]
+
+
 # mean 0.670, sd 0.0070711, t(0.95; 4) = 2.1318: its one-sided bound is 0.670 + 2.1318 * 0.0070711 / √5 = 0.67674
 IDLE = [0.66, 0.67, 0.67, 0.67, 0.68]
 
@@ -38,10 +44,17 @@ def test_nothing_is_recommended_against_a_reference_that_learned_nothing(tmp_pat
         "Nothing can be concluded: rank 64 was not shown to have learned anything, its test loss 0.670 against 0.673 "
         "for always answering by the labels' frequencies; train longer or at other learning rates."
     )
-    notes = [cell.note for row in confirmed_table(quickstart(), findings).rows for cell in row.cells if cell.note]
-    assert notes.count("says nothing: the reference was not shown to have learned") == 4  # ranks 2, 4 and 8, and full
+    void = "says nothing: the reference was not shown to have learned"
+    assert notes_of(quickstart(), findings).count(void) == 4  # ranks 2, 4 and 8, and full
     assert given(tmp_path / "b", {64: IDLE}, 0.6767).recommended is None
     assert given(tmp_path / "c", {64: IDLE}, 0.6768).recommended == "r2-ratio2"
+
+
+def test_a_void_verdict_keeps_the_note_of_its_arm(tmp_path: Path) -> None:
+    every = "confirm.finalists=arm"
+    notes = notes_of(quickstart(every), given(tmp_path, {64: IDLE}, 0.673, every))
+    own = "outside the sequence; Holm's correction"
+    assert f"says nothing: the reference was not shown to have learned; {own}" in notes
 
 
 def test_an_arm_that_learned_nothing_is_not_recommended(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from synthetic import QUICKSTART, THREE_RATES, quickstart, write_study
 
 from sweep import cli, doctor, publishing
 from sweep.driver.question import write_question
+from sweep.study.files import read_json
 from sweep.study.home import Home
 from sweep.study.records import CONFIRM
 from sweep.tracking.journal import TrialRecord, read_study_record
-from sweep.tracking.mlflow import Projector, find_tracking
+from sweep.tracking.mlflow import Projector, find_tracking, register
+from sweep.tracking.registered import remember_registered
 
 NAME = "quickstart"
 
@@ -256,14 +258,24 @@ def test_two_commands_at_the_end_of_one_study_write_report_and_adapter_once(
     assert capsys.readouterr().out.count("another `sweep run` writes what study quickstart found") == 1
 
 
-def test_the_same_command_brings_a_lost_database_back(published: Home, tmp_path: Path) -> None:
-    database = published.root / "mlflow.db"
+def test_the_same_command_brings_a_lost_database_back_and_names_what_was_registered_in_it(
+    published: Home, tmp_path: Path
+) -> None:
+    database, folder, tracking = published.root / "mlflow.db", published.study(NAME), find_tracking(published)
+    adapter = folder.path / "adapter"
+    register(quickstart(), folder, tracking, adapter, None, "my topics", "why")
+    remember_registered(folder, tracking, adapter, 7, "my topics")
+    assert not publish(published).warnings, "it is there"
     for file in published.root.glob("mlflow.db*"):
         file.unlink()
     as_it_ran = [word for override in THREE_RATES for word in ("--set", override)]
     done = sweep("run", str(QUICKSTART), *as_it_ran, "--home", str(published.root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "study quickstart is complete: nothing to do" in done.stdout
+    (warning,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert "has lost registered model my topics of trial 7" in warning
+    assert "`sweep export quickstart --trial 7 --to DIR --register 'my topics'` registers it again" in warning
+    assert read_json(folder.path / "registered.json") == [], "told once"
     number, artifacts = tracked(database)
     assert number == len(read_study_record(published.study(NAME)).trials) + 1
     assert (artifacts / "report" / "report.html").exists()

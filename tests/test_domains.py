@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from test_study_file import problems_of
 from tiny_texts import save_tiny_llama, write_lines
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sweep import cli
+from sweep import cli, over_domains
 from sweep.adapters.domains import compare_domains
 from sweep.adapters.kept import read_kept
 from sweep.driver.driver import run_study
@@ -33,6 +35,7 @@ from sweep.study.home import Home
 from sweep.study.records import CONFIRM
 from sweep.study.schema import Study
 from sweep.tracking.analyses import read_analysis
+from sweep.tracking.connection import locked
 from sweep.tracking.journal import StudyRecord, TrialRecord, read_study_record
 from sweep.training.data import load_data
 from sweep.training.locate import locate_model
@@ -164,6 +167,22 @@ def test_a_study_over_domains_runs_its_parts_and_compares_them_once(ran: Path, m
     before = {path: path.read_bytes() for path in ran.rglob("*") if path.is_file()}
     assert here(monkeypatch, "run", "tongues.yaml", "--home", "home") == 0
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_two_commands_at_the_end_of_one_study_over_domains_write_one_after_the_other(
+    ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ran)
+    home, said = Home(ran / "home"), Queue[str]()
+    study = read_study(ran / "tongues.yaml").study
+    with ThreadPoolExecutor(1) as pool:
+        with locked(home.study("tongues").path / "publish.lock"):
+            waiting = pool.submit(over_domains.publish, study, home, said.put)
+            assert said.get(timeout=60) == (
+                "another `sweep run` writes what study tongues found: this one waits for it"
+            )
+            assert not waiting.done()
+        assert waiting.result(timeout=60)[-1] == "report:    reports/tongues/report.html"
 
 
 @pytest.mark.slow

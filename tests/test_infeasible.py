@@ -287,15 +287,19 @@ def test_a_probe_whose_process_was_killed_may_have_wanted_memory(home: Home) -> 
     assert "BrokenProcessPool" in warning and "perhaps for want of memory" in warning
 
 
-def test_a_forecast_that_fails_stops_no_study(home: Home) -> None:
+@pytest.mark.parametrize(
+    ("resources", "unwatched"),
+    [(None, "; without `seconds_per_rung` a pack that hangs is waited for"), ({"seconds_per_rung": 900.0}, "")],
+)
+def test_a_forecast_that_fails_stops_no_study(home: Home, resources: dict[str, float] | None, unwatched: str) -> None:
     def fail(*args: Any) -> Any:
         raise RuntimeError("no /proc here")
 
-    study = make_study()
+    study = make_study(resources=resources)
     run(home, study, replace(fake_work(), forecast=fail))
     record = records_of(home, study)
     assert record.finished_at and record.forecast is None
-    assert record.warnings == ("what the arms cost could not be forecast: RuntimeError: no /proc here",)
+    assert record.warnings == (f"what the arms cost could not be forecast: RuntimeError: no /proc here{unwatched}",)
 
 
 def test_a_study_that_was_begun_without_a_forecast_gets_none_later(home: Home) -> None:
@@ -323,6 +327,7 @@ def test_a_disturbed_calibration_is_told(home: Home) -> None:
     heard = run(home, study, replace(fake_work(), prepare=disturbed))
     (warning,) = records_of(home, study).warnings
     assert warning.startswith("calibration was disturbed: float32 sdpa ×4 took 40 and 90 ms")
+    assert warning.endswith("remove calibration-*.json in the home's cache and give the study another name")
     assert any(progress.message == warning for progress in heard)
 
 

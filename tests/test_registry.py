@@ -24,6 +24,7 @@ from sweep import cli
 from sweep.driver.question import write_question
 from sweep.study.arms import lora_arms
 from sweep.study.file import read_study
+from sweep.study.files import read_json
 from sweep.study.home import Home
 from sweep.study.schema import Study
 from sweep.tracking import models, saved_view
@@ -220,6 +221,8 @@ def test_the_registry_gives_back_what_peft_loads(
     assert export(monkeypatch, study, home, tmp_path / "adapter", "r2-ratio1", "topics") == 0
     assert 'mlflow.pyfunc.load_model("models:/topics@r2-ratio1")' in capsys.readouterr().out
     assert not (tmp_path / "mlflow.db").exists(), "MLflow's default place"
+    (kept,) = read_json(home.study(study.name).path / "registered.json")
+    assert (kept["name"], kept["trial"], kept["sha256"]) == ("topics", 0, adapter_sha(tmp_path / "adapter"))
     described = mlflow.MlflowClient(home.mlflow_url).get_model_version("topics", "1").description
     assert "What the study recommends" in described and "The base model is not in MLflow" in described
     monkeypatch.setenv("MLFLOW_TRACKING_URI", home.mlflow_url)

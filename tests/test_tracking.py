@@ -1,8 +1,7 @@
-"""The projection of the journal into MLflow: its layout, that nothing doubles, and that it is never in the way."""
+"""The projection of the journal into MLflow: its layout, and that nothing doubles."""
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ from typing import Any
 import journals
 import mlflow
 import pytest
-from servers import free_port
 from tracked import home as home
 from tracked import new_database as new_database
 from tracked import server as server
@@ -24,7 +22,7 @@ from sweep.study.schema import Study
 from sweep.tracking.connection import connect
 from sweep.tracking.entities import run_name
 from sweep.tracking.journal import append, append_end, read_events, read_study_record
-from sweep.tracking.mlflow import Projector, Tracking, dashboard_address, dashboard_command, find_tracking, project
+from sweep.tracking.mlflow import Tracking, dashboard_address, dashboard_command, find_tracking, project
 from sweep.tracking.view import Outcome, open_view, update
 
 PARAMS = {
@@ -276,55 +274,6 @@ def test_trials_that_a_killed_driver_left_running_are_ended(home: Home, study: S
     statuses = [run.info.status for run in (held.parent, held.children[first.number], held.children[lost.number])]
     assert statuses == ["FINISHED", "FINISHED", "FAILED"]
     assert held.children[lost.number].data.tags["sweep.reason"] == "the study ended without it"
-
-
-def test_the_thread_projects_while_the_study_runs_and_at_its_end(
-    home: Home, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sweep.tracking.mlflow.EVERY_S", 0.05)
-    folder = journals.start_journal(home, study)
-    journals.write_search(folder, study)
-    projector = Projector(study, folder, find_tracking(home))
-    projector.start()
-    client, deadline = mlflow.MlflowClient(home.mlflow_url), time.monotonic() + 30
-    while not _count_runs(client, study) > 3 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert view(find_tracking(home), study).parent.info.status == "RUNNING"
-    journals.write_confirm(folder, study)
-    append(folder.journal, "finished")
-    assert projector.finish(60, **journals.write_results(tmp_path)) is None
-    held = view(find_tracking(home), study)
-    assert len(held.children) == len(read_study_record(folder).trials)
-    assert held.parent.info.status == "FINISHED"
-    assert "report/report.html" in held.files
-
-
-def _count_runs(client: mlflow.MlflowClient, study: Study) -> int:
-    experiment = client.get_experiment_by_name(study.name)
-    return len(client.search_runs([experiment.experiment_id])) if experiment else 0
-
-
-def test_a_server_that_is_down_gives_a_warning_in_time(home: Home, study: Study) -> None:
-    folder = journals.whole_study(home, study)
-    projector = Projector(study, folder, Tracking(f"http://someone:hunter2@127.0.0.1:{free_port()}", None))
-    projector.start()
-    began = time.monotonic()
-    warning = projector.finish(10)
-    assert time.monotonic() - began < 11
-    assert warning is not None and "hunter2" not in warning and "\n" not in warning
-    assert "http://127.0.0.1:" in warning and "the same `sweep run` command" in warning
-    assert "(Connection refused)" in warning
-
-
-def test_a_server_that_never_answers_gives_a_warning_in_time(home: Home, study: Study) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        folder = journals.whole_study(home, study)
-        projector = Projector(study, folder, Tracking(f"http://127.0.0.1:{silent.getsockname()[1]}", None))
-        projector.start()
-        began = time.monotonic()
-        warning = projector.finish(1)
-        assert time.monotonic() - began < 2
-        assert warning is not None and "not done within 1 s" in warning
 
 
 def test_a_tracking_server_is_honoured(server: str, home: Home, study: Study, tmp_path: Path) -> None:

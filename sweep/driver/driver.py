@@ -90,6 +90,7 @@ def _prepare(session: Session) -> Prepared:
     prepared: Prepared = call(session.executor, doing, session.work.prepare, session.setup, arms, seconds=seconds)
     append_twice(session.folder, "prepared", prepared=to_json(prepared))
     for line in disturbance(prepared):
+        line += " and give the study another name"  # this one keeps what was prepared
         warn(session, line)
         session.say(line)
     for line in (*truncation_lines(prepared, session.study.task), *calibration_lines(prepared)):
@@ -109,7 +110,8 @@ def _forecast(session: Session, prepared: Prepared) -> StudyForecast | None:
         raise
     except Exception as error:
         heed()
-        warn(session, f"what the arms cost could not be forecast: {in_one_line(error)}")
+        unwatched = "" if seconds else "; without `seconds_per_rung` a pack that hangs is waited for"
+        warn(session, f"what the arms cost could not be forecast: {in_one_line(error)}{unwatched}")
         return None
     forecast = priced(session.study, prepared, found)
     append(session.folder.journal, "forecast", forecast=to_json(forecast))

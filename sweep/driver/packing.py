@@ -109,8 +109,7 @@ def disturbance(prepared: Prepared) -> list[str]:
         return []
     return [
         f"calibration was disturbed: {', '.join(apart)} ms a trial and step in two rounds, so that precision, "
-        "attention or pack size may be badly chosen; to calibrate anew, remove calibration-*.json in the home's cache "
-        "and give the study another name"
+        "attention or pack size may be badly chosen; to calibrate anew, remove calibration-*.json in the home's cache"
     ]
 
 

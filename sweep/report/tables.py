@@ -218,7 +218,8 @@ def _confirmed(
     gone.append((result.infeasible_seeds, "without memory"))
     about += "".join(f", {len(seeds)} {what}" for seeds, what in gone if seeds)
     to_full, against = (_difference(d, decimals) for d in (result.to_full, result.to_reference))
-    note = "says nothing: the reference was not shown to have learned" if void and result.to_reference else result.note
+    unlearned = "says nothing: the reference was not shown to have learned" if void and result.to_reference else ""
+    note = "; ".join(part for part in (unlearned, result.note) if part)
     means = [None if d is None else d.mean for d in (result.to_full, result.to_reference)]
     return (
         Cell(arm_title(result.arm, arms), about),

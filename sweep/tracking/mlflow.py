@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sweep.study.home import Home, StudyFolder
@@ -20,6 +21,7 @@ from sweep.tracking.connection import Tracking, connect, find_tracking, is_datab
 from sweep.tracking.entities import WORKFLOW
 from sweep.tracking.journal import read_events
 from sweep.tracking.models import adapter_sha, create_version, log_model
+from sweep.tracking.registered import forget_lost
 from sweep.tracking.view import Outcome, View, find_children, open_view, update
 
 __all__ = [
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 EVERY_S = 3.0
-AT_ONCE_S = 1.0  # of CPU time: a long backlog sent in one go would take a core from training for as long
+AT_ONCE_S = 1.0  # of CPU time, in training: a long backlog sent in one go would take a core from it for as long
 
 
 def project(
@@ -81,26 +83,38 @@ class Projector:
     def __init__(self, study: Study, folder: StudyFolder, tracking: Tracking):
         self._study, self._folder, self._tracking = study, folder, tracking
         self._outcome = Outcome()
-        self._finishing = threading.Event()
+        self._training, self._finishing = True, False
+        self._wake = threading.Event()
+        self._moved = time.monotonic()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-projector", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def hasten(self) -> None:
+        """Training is over: from now on send without sparing the cores."""
+        self._training = False
+        self._wake.set()
+
     def finish(
         self,
-        timeout_s: float,
+        patience_s: float,
         report: Path | None = None,
         adapter: Path | None = None,
         recommendation: str = "",
     ) -> str | None:
-        """Project a last time and stop; a one-line warning where MLflow could not be brought up to date in time."""
+        """Project a last time and stop; a one-line warning where MLflow could not be brought up to date.
+
+        It is waited for as long as it takes what is sent, and given up after patience_s without that.
+        """
         self._outcome = Outcome(report, adapter, recommendation)
-        self._finishing.set()
-        self._thread.join(timeout_s)
+        self._moved = time.monotonic()
+        self._end()
+        while self._thread.is_alive() and (left := self._moved + patience_s - time.monotonic()) > 0:
+            self._thread.join(left)
         if self._thread.is_alive():
-            reason = f"not done within {timeout_s:g} s" + (f"; {_one_line(self._error)}" if self._error else "")
+            reason = f"it took nothing for {patience_s:g} s" + (f"; {_one_line(self._error)}" if self._error else "")
         elif self._error:
             reason = _one_line(self._error)
         else:
@@ -112,17 +126,40 @@ class Projector:
             f"No result is lost: {mend}the same `sweep run` command brings it up to date later."
         )
 
+    def lost_models(self) -> list[str]:
+        """A line for each adapter of the study that was registered and that MLflow has lost, once."""
+        try:
+            return forget_lost(self._study.name, self._folder, self._tracking)
+        except Exception:  # of a view: it is asked again by the next command
+            return []
+
+    def stop(self, seconds: float) -> None:
+        """Project a last time, for at most so long: what is not sent by then is sent by the next command."""
+        self._end()
+        self._thread.join(seconds)
+
+    def _end(self) -> None:
+        self._training = False  # first: the last time is unthrottled
+        self._finishing = True
+        self._wake.set()
+
     def _run(self) -> None:
         view, pause = None, EVERY_S
         while True:
-            last = self._finishing.wait(pause)
+            self._wake.wait(pause)
+            self._wake.clear()  # before looking: what is said from now on wakes it once more
+            last = self._finishing
             began = time.monotonic()
-            view = self._try(view, math.inf if last else AT_ONCE_S)
+            view = self._try(view, AT_ONCE_S if self._training else math.inf)
             if last:
                 if self._error is not None and is_database(self._tracking.uri):
                     self._try(None, math.inf)  # a file that was removed since the last time is made anew
                 return
-            pause = max(EVERY_S, 10 * (time.monotonic() - began))  # at most a tenth of one core
+            # In training at most a tenth of one core.
+            pause = max(EVERY_S, 10 * (time.monotonic() - began)) if self._training else EVERY_S
+
+    def _note_move(self) -> None:
+        self._moved = time.monotonic()
 
     def _try(self, view: View | None, seconds: float) -> View | None:
         """Project; returns what MLflow holds by then. After an error training goes on, and the next time tries again.
@@ -130,7 +167,8 @@ class Projector:
         seconds: see `update`.
         """
         try:
-            view = _project(view, self._study, self._folder, self._tracking, self._outcome, seconds)
+            place = self._study, self._folder, self._tracking
+            view = _project(view, *place, self._outcome, seconds, self._note_move)
             self._error = None
         except Exception as error:
             view, self._error = None, error
@@ -188,12 +226,13 @@ def _project(
     tracking: Tracking,
     outcome: Outcome,
     seconds: float = math.inf,
+    moved: Callable[[], None] = lambda: None,
 ) -> View | None:
     events = read_events(folder.journal)
     if not any(event["event"] == "prepared" for event in events):
         return None  # the question may still be refused and mended, and a param can never change
     with locked(folder.path / "mlflow.lock"):
-        view = view or open_view(connect(tracking), study, events[0]["time"], tracking)
+        view = view or open_view(connect(tracking), study, events[0]["time"], tracking, moved)
         update(view, study, folder, outcome, seconds)
         return view
 

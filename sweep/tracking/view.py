@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,9 +83,16 @@ class View:
     has_data: bool
     projected: str  # fingerprint of the journal that MLflow agrees with
     children: dict[int, Child] | None = None  # None: not looked up yet
+    moved: Callable[[], None] = lambda: None  # called when MLflow has taken a part of what is sent
 
 
-def open_view(client: MlflowClient, study: Study, started: float, tracking: Tracking) -> View:
+def open_view(
+    client: MlflowClient,
+    study: Study,
+    started: float,
+    tracking: Tracking,
+    moved: Callable[[], None] = lambda: None,
+) -> View:
     """Find the study's experiment and parent run, or make them."""
     experiment = client.get_experiment_by_name(study.name)
     if experiment is None:
@@ -107,7 +115,8 @@ def open_view(client: MlflowClient, study: Study, started: float, tracking: Trac
     tags = dict(run.data.tags)
     has_data = bool(run.inputs and run.inputs.dataset_inputs)
     projected, params = tags.get(PROJECTED, ""), set(run.data.params)
-    return View(client, experiment_id, run.info.run_id, run.info.status, params, tags, has_data, projected)
+    place = client, experiment_id, run.info.run_id
+    return View(*place, run.info.status, params, tags, has_data, projected, moved=moved)
 
 
 def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome, seconds: float = math.inf) -> None:
@@ -121,6 +130,7 @@ def update(view: View, study: Study, folder: StudyFolder, outcome: Outcome, seco
         return
     if view.children is None:
         view.children = find_children(view)
+    view.moved()
     record = read_study_record(folder)
     _describe_parent(view, study, record)
     sending = 0.0
@@ -220,6 +230,7 @@ def _project_trial(view: View, children: dict[int, Child], trial: TrialRecord, r
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
         child.points, child.described = sent, True
+        view.moved()
     child.state, child.costed = state, child.costed or cost is not None
     if status != child.status:
         _set_status(client, child.run_id, status, trial.ended_at or record.finished_at)
@@ -231,8 +242,10 @@ def _log_outcome(view: View, study: Study, outcome: Outcome, told: str) -> None:
     for folder, name in ((outcome.report, "report"), (outcome.adapter, "adapter")):
         if folder:
             view.client.log_artifacts(view.parent_id, str(folder), name)
+            view.moved()
     if outcome.adapter:
         log_model(view.client, view.experiment_id, view.parent_id, outcome.adapter)
+        view.moved()
     if outcome.report:
         shown = [name for name in FIGURES if (outcome.report / "figures" / f"{name}.png").exists()]
         place = view.experiment_id, view.parent_id

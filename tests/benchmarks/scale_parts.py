@@ -17,6 +17,7 @@ from sweep.driver.driver import Progress, run_study
 from sweep.execution.executor import Executor, InlineExecutor
 from sweep.execution.local import LocalExecutor
 from sweep.execution.worker import Work
+from sweep.publishing import SECONDS_TO_TRACK
 from sweep.report.report import write_report
 from sweep.study.home import Home
 from sweep.study.records import SEARCH
@@ -79,7 +80,8 @@ def track(trials: int, tracked: bool, repetition: int) -> Tracked:
         training_s = time.perf_counter() - began
         if not tracked:
             return Tracked(repetition, tracked, training_s)
-        warning = projector.finish(600.0)
+        projector.hasten()
+        warning = projector.finish(SECONDS_TO_TRACK)
         if warning is not None:
             raise RuntimeError(warning)
         after_s = time.perf_counter() - began - training_s
