@@ -138,6 +138,16 @@ def test_head_workers_and_driver_see_one_home_at_one_path(profile: str) -> None:
     assert {service["environment"]["RAY_AUTH_MODE"] for service in rays.values()} == {"token"}
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_workers_give_way_to_no_other_service(profile: str) -> None:
+    told = {
+        service["environment"].get("RAY_worker_niceness")
+        for name, service in services(profile).items()
+        if "ray" in name
+    }
+    assert told == {"0"}
+
+
 def object_store_of(service: dict[str, Any]) -> int:
     (size,) = re.findall(r"--object-store-memory=(\d+)", " ".join(texts_of(service)))
     return int(size)
