@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # One image for driver, Ray, MLflow and Optuna's dashboard, with the versions of constraints.txt.
 # TORCH_INDEX chooses the build of torch: https://download.pytorch.org/whl/cpu, or https://pypi.org/simple for CUDA's.
 

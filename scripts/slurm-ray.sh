@@ -13,6 +13,7 @@ set -euo pipefail
 
 export RAY_ADDRESS="$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 20000))"
 export RAY_USAGE_STATS_ENABLED=0
+export RAY_worker_niceness=0 # else workers give way to whatever else runs, and probes are slow
 # A token of this job alone; in the environment, since a command line can be read by all users of a node.
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token

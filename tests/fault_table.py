@@ -13,10 +13,12 @@ import pytest
 
 HEAD = """# What happens when something breaks
 
-Each row is a fault that a test injects for real: signals, full disks, damaged files, stopped servers, killed nodes.
-Unless a row says otherwise, the tests check that no acknowledged result is lost and none counted twice, that nothing is
-left running, that the other trials finish, and, where a study trains on, that its loss curves are those of an
-undisturbed run.
+Each row is a fault that a test injects: signals, full disks, damaged files, stopped servers and killed nodes are real.
+A row names what stands in for the real thing: for the clock, for other versions of packages, for Slurm.
+Where it does not matter what is trained, a trainer that computes next to nothing stands in for the engine.
+Unless a row says otherwise, the tests check that no acknowledged result is lost and none counted twice, that the other
+trials finish, and, where a study trains on, that its loss curves are those of an undisturbed run.
+After each test no process that it started may live; left out are PostgreSQL and Ray's daemons, which serve several.
 A rung in training that was not acknowledged yet is trained again, with the same losses: that counts as nothing lost.
 Where a result or a trial is lost the command says why in one line and does not exit 0.
 Which models were registered stands in `mlflow.db` alone and is lost with it, and yet the command exits 0, since nothing

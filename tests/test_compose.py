@@ -138,6 +138,16 @@ def test_head_workers_and_driver_see_one_home_at_one_path(profile: str) -> None:
     assert {service["environment"]["RAY_AUTH_MODE"] for service in rays.values()} == {"token"}
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_workers_give_way_to_no_other_service(profile: str) -> None:
+    told = {
+        service["environment"].get("RAY_worker_niceness")
+        for name, service in services(profile).items()
+        if "ray" in name
+    }
+    assert told == {"0"}
+
+
 def object_store_of(service: dict[str, Any]) -> int:
     (size,) = re.findall(r"--object-store-memory=(\d+)", " ".join(texts_of(service)))
     return int(size)
@@ -178,23 +188,31 @@ def test_the_file_has_no_keys_that_compose_passes_over() -> None:
     assert all(key.startswith("x-") or key in ("name", "services", "configs", "volumes") for key in yaml.safe_load(raw))
 
 
-@pytest.mark.parametrize("restarts", [True, False])
-def test_a_service_that_ends_before_it_is_healthy_is_started_again_where_it_says_so(
-    tmp_path: Path, restarts: bool
+@pytest.mark.parametrize(
+    ("name", "restart", "ends", "comes_up"),
+    [
+        ("ray-worker-1", "unless-stopped", 2, True),
+        ("ray-worker-1", "unless-stopped", 3, False),
+        ("ray-worker-1", "no", 1, False),
+        ("mlflow-1", "unless-stopped", 1, False),
+    ],
+)
+def test_a_ray_node_that_ends_before_it_is_healthy_is_started_again_twice_and_nothing_else_is(
+    tmp_path: Path, name: str, restart: str, ends: int, comes_up: bool
 ) -> None:
-    """As by Docker, in the twin without containers. The service here ends the first time."""
-    been, up = tmp_path / "been", tmp_path / "up"
-    words = ("sh", "-c", f"test -e {been} && touch {up} && exec sleep 60; touch {been}")
+    """As by Docker where the service says so, in the twin without containers. Here it ends so many times."""
+    begun, up = tmp_path / "begun", tmp_path / "up"
+    words = ("sh", "-c", f"echo >> {begun}; test $(wc -l < {begun}) -gt {ends} || exit 1; touch {up}; exec sleep 60")
     checks = {"start_period": "20s", "retries": 1, "interval": "1s", "timeout": "5s"}
-    service = {"image": "it", "restart": "unless-stopped" if restarts else "no", "healthcheck": checks}
+    service = {"image": "it", "restart": restart, "healthcheck": checks}
     env = {"PATH": "/usr/bin:/bin", MARK: str(tmp_path)}
-    box = Box("it", service, words, env, ("test", "-e", str(up)), "127.0.0.1", tmp_path)
+    box = Box(name, service, words, env, ("test", "-e", str(up)), "127.0.0.1", tmp_path)
     first = start(box)
     try:
-        if restarts:
+        if comes_up:
             assert wait_healthy(box, first).poll() is None and first.poll() is not None
         else:
-            with pytest.raises(AssertionError, match="it is not healthy"):
+            with pytest.raises(AssertionError, match=f"{name} is not healthy"):
                 wait_healthy(box, first)
     finally:
         kill(box)

@@ -236,16 +236,20 @@ with units.workers(1) as executor:
 """
 
 
-def test_a_driver_that_is_killed_leaves_no_worker_and_no_child_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stands_still", [False, True])
+def test_a_driver_that_is_killed_leaves_no_worker_and_no_child_of_one(tmp_path: Path, stands_still: bool) -> None:
+    """One that stands still has no thread to see it, but the kernel wakes a stopped group that it orphans."""
     tests = Path(__file__).parent
     paths = {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], env={**os.environ, **paths})
     try:
         wait_for(lambda: len(list(tmp_path.iterdir())) == 2, "both")
+        pids = [int(path.name) for path in tmp_path.iterdir()]
+        for pid in pids if stands_still else []:
+            os.kill(pid, signal.SIGSTOP)
     finally:
         driver.kill()
         driver.wait()
-    pids = [int(path.name) for path in tmp_path.iterdir()]
     wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 10)
 
 

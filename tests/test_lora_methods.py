@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from random_packs import SCHEDULES
+from random_packs_in_peft import SCHEDULES
 from single_layers import draw, installed, one_layer
 from torch import nn
 from torch.nn import functional as F

@@ -17,13 +17,12 @@ from random_packs import (
     Run,
     Trained,
     Trial,
-    assert_same,
     mixed_pack,
     one_thread,  # noqa: F401 (a fixture of the module)
     start_pack,
-    train_in_peft,
     train_pack,
 )
+from random_packs_in_peft import assert_same, train_in_peft
 from torch import nn
 
 from sweep.lora import adapter as packing

@@ -22,15 +22,17 @@ from random_packs import (
     Run,
     Trained,
     Trial,
-    assert_same,
-    assert_trained_as_in_peft,
     initial_state,
     mixed_pack,
     one_thread,  # noqa: F401 (a fixture of the module)
+    train_pack,
+)
+from random_packs_in_peft import (
+    assert_same,
+    assert_trained_as_in_peft,
     peft_model,
     peft_name,
     tensors,
-    train_pack,
     trained_parameters,
 )
 

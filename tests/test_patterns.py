@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from peft.tuners.lora import LoraLayer
 from random_models import FAMILIES, frozen_model
-from random_packs import Trial, peft_model
+from random_packs import Trial
+from random_packs_in_peft import peft_model
 from synthetic import quickstart, write_study
 
 from sweep.driver.groups import form_groups

@@ -18,13 +18,12 @@ from random_packs import (
     Run,
     Trained,
     Trial,
-    assert_same,
-    assert_trained_as_in_peft,
     initial_state,
     one_thread,  # noqa: F401 (a fixture of the module)
     prefixed_pack,
     train_pack,
 )
+from random_packs_in_peft import assert_same, assert_trained_as_in_peft
 from scipy import stats
 from synthetic import quickstart, write_study
 from test_parity_packs import assert_untouched

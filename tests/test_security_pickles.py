@@ -26,6 +26,7 @@ from sweep.training.sources import read_rows
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.parametrize("place", ["sweep/new.py", "sweep/execution/new.py"])
 @pytest.mark.parametrize(
     "line",
     [
@@ -45,10 +46,10 @@ ROOT = Path(__file__).parents[1]
         "import tempfile\n\ntempfile.mktemp()",
     ],
 )
-def test_make_check_refuses_what_runs_code_when_it_reads(line: str) -> None:
+def test_make_check_refuses_what_runs_code_when_it_reads(line: str, place: str) -> None:
     ruff = [Path(sys.executable).with_name("ruff"), "check", "--no-cache", "--output-format=concise"]
     told = subprocess.run(
-        [*ruff, "--stdin-filename", "sweep/new.py", "-"], cwd=ROOT, input=f"{line}\n", capture_output=True, text=True
+        [*ruff, "--stdin-filename", place, "-"], cwd=ROOT, input=f"{line}\n", capture_output=True, text=True
     )
     assert told.returncode == 1 and any(f" {rule}" in told.stdout for rule in ("S", "TID251")), told.stdout
 

@@ -25,6 +25,7 @@ from postgres_image import make_cluster, server_words
 from servers import free_port
 
 MARK = "UNBOXED"  # in the environment of every process of a box: what an engine knows by its control group
+RESTARTS = 2  # of a Ray node until it is healthy
 PGDATA = "/var/lib/postgresql/data"
 # Its own address, which in a container programs find out: here they would take one that the outside can reach.
 SHIMS = {
@@ -118,19 +119,19 @@ def start(box: Box) -> subprocess.Popen[bytes]:
 def wait_healthy(box: Box, first: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
     """Until the service's own health check passes, within the time that it allows; returns its first process.
 
-    One that ends meanwhile is started again where the service says so, as by Docker: on a busy machine a Ray node takes
-    longer to start than Ray waits for it.
+    A Ray node that ends meanwhile is started again, as by Docker where the service says so: on a busy machine it takes
+    longer to start than Ray waits for it. What else ends is broken.
     """
     check = box.service["healthcheck"]
     allowed = _seconds(check["start_period"]) + check["retries"] * _seconds(check["interval"])
     deadline = time.monotonic() + allowed
+    again = RESTARTS if box.name.startswith("ray-") and box.service.get("restart") == "unless-stopped" else 0
     while not is_healthy(box):
-        alive, again = first.poll() is None, box.service.get("restart") == "unless-stopped"
-        in_time = time.monotonic() < deadline
+        alive, in_time = first.poll() is None, time.monotonic() < deadline
         assert (alive or again) and in_time, f"{box.name} is not healthy:\n{box.log.read_text()[-4000:]}"
         if not alive:
             kill(box)
-            first = start(box)
+            first, again = start(box), again - 1
         time.sleep(0.5)
     return first
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import pickle
+import pickle  # noqa: TID251 - our own processes send each other pickles, over pipes of their own
 import signal
 import socket
 import threading
@@ -121,7 +121,7 @@ class LocalExecutor:
                 reply = connection.recv_bytes()
             except (EOFError, OSError):  # what it sent before is lost with it, were it all but the last byte
                 raise self._lost(worker, call) from None
-            value, error = pickle.loads(reply)
+            value, error = pickle.loads(reply)  # noqa: S301 - our own worker wrote it
             with self._lock:
                 call.worker = None
                 if isinstance(error, WorkerLost):  # its device is of no more use to it

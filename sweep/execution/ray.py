@@ -6,7 +6,7 @@ second thread sees of the cluster. So nothing is locked, and the driver's own th
 
 from __future__ import annotations
 
-import pickle
+import pickle  # noqa: TID251 - our own processes send each other pickles, through Ray
 import signal
 import threading
 import time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
+import pickle  # noqa: TID251 - our own processes send each other pickles, through Ray
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
@@ -50,7 +50,7 @@ def read_answer(done: Future[bytes], node: Node) -> tuple[Any, Exception | None]
     """What a unit returned, or raised, from its worker's answer. What is wrong with the study is told with the node's
     address, since it may be wrong there alone: a model or data that this node lacks."""
     try:
-        value, error = pickle.loads(done.result())
+        value, error = pickle.loads(done.result())  # noqa: S301 - our own worker wrote it
     except Exception as unreadable:
         return None, RuntimeError(last_line(unreadable))
     if isinstance(error, FieldError):

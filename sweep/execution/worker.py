@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import pickle
+import pickle  # noqa: TID251 - our own processes send each other pickles, over pipes of their own
 import sys
 import traceback
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def answer(request: bytes) -> bytes:
     WorkerLost stands for an error after which this process can use its GPU no more: it must get no other unit.
     """
     try:
-        fn, args = pickle.loads(request)
+        fn, args = pickle.loads(request)  # noqa: S301 - our own driver wrote it
         reply = pickle.dumps((fn(*args), None))
     except BaseException as error:  # a worker lives on, whatever a unit does
         error.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))
@@ -81,7 +81,7 @@ def as_sent(error: BaseException) -> Exception:
     """
     if isinstance(error, Exception) and type(error).__module__.split(".")[0] != "torch":
         with suppress(Exception):  # whatever its own pickling does
-            if type(pickle.loads(pickle.dumps(error))) is type(error):
+            if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301 - our own, of a moment before
                 return error
     return Told(in_one_line(error))
 

@@ -21,7 +21,8 @@ INSIDE = "in"
 def die_with_parent(with_group: bool = False) -> None:
     """From now on this process, a child by `multiprocessing`, ends as soon as its parent has.
 
-    with_group: and with it all of its process group, which must be its own.
+    with_group: and with it all of its process group, which must be its own; a stopped one then ends too, since
+    the kernel lets a stopped group go on that its parent's end orphans.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a child has a parent to die with"

@@ -1,6 +1,7 @@
 """Random faults, one after another, on a study that is taken up after each: nothing may be lost, doubled or left over.
 
-The seed decides which faults come, after how many results, and what they hit; to the millisecond they do not repeat.
+The seed decides which faults come, after how many results and with which delays; what each finds to hit, and when, does
+not repeat to the millisecond.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class Soak:
     folder: StudyFolder
     environment: Mapping[str, str]
     log: Path
-    random: random.Random
+    seed: int = 0
     acknowledged: dict[tuple[int, int], tuple[float | None, tuple[float, ...]]] = field(default_factory=dict)
     came: Counter[str] = field(default_factory=Counter)
+    random: random.Random = field(default_factory=random.Random)  # of the fault whose turn it is
     driver: subprocess.Popen[bytes] | None = None
     cwd: Path | None = None
     said_before: int = 0  # bytes of the log when the driver was started
@@ -70,15 +72,7 @@ class Soak:
 
     def survivors(self) -> list[int]:
         """Every process that this soak started and that still lives."""
-        mark, found = f"{MARK}={self.folder.path}".encode(), []
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                alive = b"\nState:\tZ" not in place.joinpath("status").read_bytes()
-                if alive and mark in place.joinpath("environ").read_bytes().split(b"\0"):
-                    found.append(int(place.name))
-            except OSError:
-                continue
-        return sorted(found)
+        return alive_with(MARK, str(self.folder.path))
 
     def workers(self) -> list[int]:
         """Those that the driver started."""
@@ -113,6 +107,19 @@ class Soak:
             time.sleep(0.02)
 
 
+def alive_with(name: str, value: str) -> list[int]:
+    """Every process that lives and was started with this in its environment."""
+    mark, found = f"{name}={value}".encode(), []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            alive = b"\nState:\tZ" not in place.joinpath("status").read_bytes()
+            if alive and mark in place.joinpath("environ").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
 Fault = Callable[[Soak], bool]  # whether there was anything to hit
 
 
@@ -137,8 +144,9 @@ def all_workers_are_killed(soak: Soak) -> bool:
 
 
 def a_worker_stands_still_for_a_while(soak: Soak) -> bool:
+    seconds = soak.random.uniform(0, 0.3)  # drawn before how many workers there are decides what is drawn
     stopped = _kill(soak.workers(), soak.random, signal.SIGSTOP)
-    time.sleep(soak.random.uniform(0, 0.3))
+    time.sleep(seconds)
     return bool(_kill(stopped, soak.random, signal.SIGCONT))
 
 
@@ -147,7 +155,7 @@ def a_second_driver_comes(soak: Soak) -> bool:
     code = soak.begin(log).wait(SECONDS_TO_END)
     said = log.read_text()
     assert code == 0 or (code == 1 and BUSY in said), f"a second driver: exit {code}: {said[-1000:]}"
-    return True  # 0: the first had just finished
+    return code == 1  # 0: the first had just finished, and nothing was broken
 
 
 def a_checkpoint_is_cut_short(soak: Soak) -> bool:
@@ -214,21 +222,24 @@ FAULTS: tuple[Fault, ...] = (
 
 def soak_through(soak: Soak, faults: Sequence[Fault], at_most: int, results_between: int) -> StudyRecord:
     """Run the study to its end with at most so many faults on the way; returns its record. Raises AssertionError."""
-    starts = 0
+    starts = tried = 0
     while True:
         if soak.driver is None:
             starts += 1
             assert starts <= 3 * at_most + 10, "it is started again and again"
             soak.start()
         assert soak.driver is not None
-        wanted = soak.results() + soak.random.randint(0, results_between)
+        soak.random = random.Random(f"{soak.seed}-{tried}")  # what was drawn before, and when, is nothing to this fault
         fault = soak.random.choice(faults)
+        wanted = soak.results() + soak.random.randint(0, results_between)
+        delay = soak.random.uniform(0, 0.05)
         deadline = time.monotonic() + 10 * SECONDS_TO_END
         while soak.driver.poll() is None and (soak.results() < wanted or soak.came.total() >= at_most):
             assert time.monotonic() < deadline, "no result came"
             time.sleep(0.005)
         if soak.driver.poll() is None:
-            time.sleep(soak.random.uniform(0, 0.05))
+            time.sleep(delay)
+            tried += 1
             hit = fault(soak)
             soak.came[fault.__name__] += hit
             soak.check()

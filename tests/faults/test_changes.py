@@ -110,7 +110,7 @@ def test_changed_data_and_another_model(tmp_path: Path, home: Home, file: str, f
 
 
 @pytest.mark.fault(
-    case="resuming with other versions of packages",
+    case="resuming with other versions of packages, as their metadata tell them",
     happens="the study goes on; journal, log and report name what changed",
     lost="nothing",
 )
@@ -130,7 +130,8 @@ def test_changed_versions(tmp_path: Path, home: Home, done: Home) -> None:
 
 
 @pytest.mark.fault(
-    case="the clock jumps while a study runs, or is set between two sessions: back a day, ahead a year",
+    case="the clock, as Python tells it to the command, jumps while a study runs, or is set between two sessions: back "
+    "a day, ahead a year",
     happens="journals, sessions, reports and MLflow tell times in the order in which things happened",
     lost="nothing",
 )

@@ -8,10 +8,10 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-import fake_sweep
 import pytest
 import torch
 import yaml
+from commands import sweep
 from disks import fill
 from disks import small_disk as small_disk
 from driving import records_of, run
@@ -22,7 +22,6 @@ from test_files import done as done
 from test_files import home as home
 
 from sweep.exits import explain
-from sweep.report.report import write_report
 from sweep.study.home import Home
 from sweep.study.records import Measurement, Unit
 from sweep.tracking.remote import PlaceError
@@ -122,7 +121,7 @@ class TestDisks:
 
     @pytest.mark.fault(
         case="a read-only home",
-        happens="what is there can be looked at and reported; sweep run refuses in one line, before anything else",
+        happens="sweep status and sweep report work; sweep run and sweep dashboard refuse in one line, before all else",
         lost=NOTHING,
     )
     def test_read_only_from_the_start(self, small_disk: Path, tmp_path: Path, done: Home) -> None:
@@ -130,16 +129,17 @@ class TestDisks:
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
         home = Home(small_disk / "home")
         check_undisturbed(home, done)
-        write_report(STUDY, records_of(home, STUDY), tmp_path / "report")
-        assert (tmp_path / "report" / "report.html").exists()
-        (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY.model_dump(exclude_none=True)))
-        code, said = fake_sweep.run({}, "run", "study.yaml", "--home", str(home.root), cwd=tmp_path)
-        (line,) = said.strip().splitlines()
-        assert (
-            code == 2
-            and line.endswith("choose another home with --home or $SWEEP_HOME")
-            and "cannot be written" in line
+        status, report = (
+            sweep(*words, "--home", str(home.root), cwd=tmp_path) for words in (["status"], ["report", "fake"])
         )
+        assert status.returncode == 0 and "fake" in status.stdout, status.stderr
+        assert report.returncode == 0 and (tmp_path / "reports" / "fake" / "report.html").exists(), report.stderr
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY.model_dump(exclude_none=True)))
+        for words in (["run", "study.yaml"], ["dashboard"]):
+            refused = sweep(*words, "--home", str(home.root), cwd=tmp_path)
+            (line,) = (refused.stdout + refused.stderr).strip().splitlines()
+            assert refused.returncode == 2 and "cannot be written" in line
+            assert line.endswith("choose another home with --home or $SWEEP_HOME")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from test_workers import assert_same, quickstart, record_of, running, wait_for_r
 from test_workers import finish as wait_for_end
 from worker_units import is_alive, pid, wait_for
 
-from sweep.execution.ray import RayExecutor
+from sweep.execution.ray import SECONDS_WITHOUT_HEAD, RayExecutor
 from sweep.study.errors import NoWorkers, WorkerLost
 from sweep.study.home import Home
 from sweep.study.records import INFEASIBLE
@@ -243,6 +243,7 @@ def test_a_head_that_is_killed_is_told_of_and_the_same_command_goes_on_with_anot
     assert code == 1 and lines[-1] == (
         f"the head of the Ray cluster ({address}) is gone: start it and run the same command again"
     ), lines
+    assert SECONDS_WITHOUT_HEAD == 30, "as the row says"
     with clusters.cluster(1, 1) as other:
         code, lines = units.finish(units.start(tmp_path, other.address, 0.0))
     assert code == 0, lines

@@ -57,7 +57,7 @@ def submit(root: Path, seconds: float) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    case="a Slurm job whose time is over",
+    case="a Slurm job whose time is over, with a stand-in for srun that starts all nodes on one machine",
     happens="the study stops with its state saved and nothing is left on the nodes; the same job goes on",
     lost="nothing",
 )
@@ -65,6 +65,7 @@ def test_a_job_runs_on_all_its_nodes_stops_in_time_and_goes_on(tmp_path: Path) -
     job = submit(tmp_path, 2.0)
     clusters.soon(lambda: len({pid for pid in units.begun(tmp_path / "marks")}) == 2 or job.poll() is not None, 120)
     assert job.poll() is None, units.finish(job)
+    assert {psutil.Process(pid).nice() for pid in units.begun(tmp_path / "marks")} == {os.nice(0)}, "at full speed"
     family = [job.pid, *(process.pid for process in psutil.Process(job.pid).children(recursive=True))]
     job.send_signal(signal.SIGTERM)
     code, lines = units.finish(job)

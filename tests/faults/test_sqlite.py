@@ -19,6 +19,7 @@ from test_storage import done as done
 from test_storage import home as home
 
 from sweep.driver.driver import StorageError
+from sweep.driver.patience import PATIENCE_S
 from sweep.study.home import Home
 
 
@@ -38,6 +39,7 @@ class TestSqlite:
         with pytest.raises(StorageError) as caught:
             run(home, home.optuna_url, at_unit(8, lock), patience=0.5)
         check_one_line(caught.value, "locked by another program")
+        assert PATIENCE_S == 60, "the minute of the row, which is not waited for here"
         locks[0].close()
         run(home, home.optuna_url)
         check_undisturbed(home, home.optuna_url, done)

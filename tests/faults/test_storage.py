@@ -25,7 +25,7 @@ from proxy import LOSE_ANSWER, LOSE_QUESTION, PASS, wire
 
 from sweep.driver.driver import StorageError, run_study
 from sweep.driver.opening import open_storage
-from sweep.driver.patience import Patience
+from sweep.driver.patience import PATIENCE_S, Patience
 from sweep.execution.executor import InlineExecutor
 from sweep.study.file import dump_study
 from sweep.study.home import Home
@@ -182,6 +182,7 @@ class TestPostgresAway:
         finally:
             postgres.start()
         check_one_line(caught.value, "does not answer", "the same command goes on")
+        assert PATIENCE_S == 60, "the minute of the row, which is not waited for here"
         kept = [(t.spec.number, r.measurement.stop) for t in records_of(home, STUDY).trials for r in t.rungs]
         assert sorted(kept) == sorted(trained)
         run(home, database)
@@ -266,6 +267,7 @@ class TestWrongSettings:
             with pytest.raises(StorageError) as caught:
                 run(home, database, patience=0.5)
             check_one_line(caught.value, "too many clients")
+            assert PATIENCE_S == 60, "the minute of the row, which is not waited for here"
 
             threading.Timer(1.0, lambda: [connection.close() for connection in taken]).start()
             said = run(home, database)

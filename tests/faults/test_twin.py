@@ -108,7 +108,8 @@ def test_the_quickstart_over_two_nodes_ends_with_the_answer_of_one_process(
 @pytest.mark.parametrize("boxes", ["cpu,gpu"], indirect=True, ids=["both"])
 @pytest.mark.fault(
     case="a Ray node of docker-compose.yml stands still, run without containers",
-    happens="its health check fails once the head holds it for dead; those of the others do not",
+    happens="seen at the health checks alone: its health check fails once the head holds it for dead; those of the "
+    "others do not",
     lost="nothing",
 )
 def test_the_worker_whose_node_the_head_holds_for_dead_is_alone_unhealthy(boxes: dict[str, list[Box]]) -> None:

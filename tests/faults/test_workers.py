@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def running(root: Path, words: list[str], name: str = "tiny") -> Iterator[Soak]:
     """The command in a process group of its own, as a terminal gives it."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SWEEP_", "MLFLOW_"))}
     paths = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "HF_HUB_OFFLINE": "1"}
-    soak = Soak(words, Home(root / "home").study(name), {**clean, **paths}, root / "log", random.Random(0), cwd=root)
+    soak = Soak(words, Home(root / "home").study(name), {**clean, **paths}, root / "log", cwd=root)
     root.mkdir(parents=True, exist_ok=True)
     with open(soak.log, "ab") as log:
         soak.driver = subprocess.Popen(
