@@ -229,7 +229,7 @@ def _run(study: Study, home: Home, executor: ExecutorName) -> None:
         projector.hasten()  # beside what follows
         workers.shutdown()  # analyses and publishing may need their memory
         if was_complete:
-            _say(f"study {study.name} is complete: nothing to do")
+            _say(f"study {study.name} is complete: nothing to train")
         places = publishing.publish(study, folder, projector, home.cache, _say)
     except QuestionChanged as error:
         raise Refused(str(error), *error.diff) from None

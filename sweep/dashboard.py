@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,6 +72,7 @@ def serve(home: Home, study: str | None, served: Served) -> None:
         environment = _environment(home, served, login, private)
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
+            print("starting MLflow's UI", flush=True)
             _wait_until_up(server, served)
             print(f"{dashboard_address(home, served.root(), study)} (Ctrl-C stops it)", flush=True)
             server.wait()
@@ -144,7 +146,7 @@ def _wait_until_up(server: subprocess.Popen[bytes], served: Served) -> None:
         try:
             with without_proxy.open(f"{served.probe()}/health", timeout=2):
                 return
-        except OSError:
+        except (OSError, HTTPException):  # HTTPException: with no server yet a connection may meet itself
             time.sleep(0.2)
 
 

@@ -56,18 +56,20 @@ def publish(study: Study, folder: StudyFolder, projector: Projector, cache: Path
         record = read_study_record(folder)
         places = _published(folder, record.finished_at)
         if places is None:
-            places = _write(study, record, cache)
+            places = _write(study, record, cache, say)
             if places.whole:
                 _remember(places, folder)
     # Each time: MLflow's database may be lost or another one by now, and where nothing is new this is cheap.
+    say("bringing MLflow up to date")
     adapter = Path(places.adapter) if places.adapter else None
     warning = projector.finish(SECONDS_TO_TRACK, Path(places.report), adapter, places.summary)
     told = [warning] if warning else projector.lost_models()
     return replace(places, warnings=(*places.warnings, *told))
 
 
-def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
+def _write(study: Study, record: StudyRecord, cache: Path, say: Callable[[str], None]) -> Places:
     to = Path("reports") / study.name
+    say("writing the report")
     findings = write_report(study, record, to)
     places = Places(
         tuple(findings.sentences),
@@ -76,7 +78,7 @@ def _write(study: Study, record: StudyRecord, cache: Path) -> Places:
         summary=summary(study, findings),
         finished_at=record.finished_at,
     )
-    return _with_adapter(places, study, record, findings, cache)
+    return _with_adapter(places, study, record, findings, cache, say)
 
 
 def _published(folder: StudyFolder, finished_at: float | None) -> Places | None:
@@ -207,7 +209,9 @@ def _choose_trial(record: StudyRecord, findings: Findings, arm: str | None, numb
     return min(confirmed or ended, key=validation_loss)
 
 
-def _with_adapter(places: Places, study: Study, record: StudyRecord, findings: Findings, cache: Path) -> Places:
+def _with_adapter(
+    places: Places, study: Study, record: StudyRecord, findings: Findings, cache: Path, say: Callable[[str], None]
+) -> Places:
     trial = next((t for t in record.trials if t.spec.number == findings.recommended_trial), None)
     if trial is None:
         return replace(places, no_adapter="none, because no arm is recommended")
@@ -216,7 +220,7 @@ def _with_adapter(places: Places, study: Study, record: StudyRecord, findings: F
     to = record.folder.path / "adapter"
     try:
         _set_aside(to, study)
-        export(study, record, trial, to, False, " ".join(findings.sentences), cache)
+        export(study, record, trial, to, False, " ".join(findings.sentences), cache, say)
     except Exception as error:  # the report stands all the same; the next run tries again
         return replace(places, no_adapter=f"not written: {first_line(error)}", whole=False)
     return replace(places, adapter=str(to))

@@ -271,7 +271,7 @@ def test_the_same_command_brings_a_lost_database_back_and_names_what_was_registe
     as_it_ran = [word for override in THREE_RATES for word in ("--set", override)]
     done = sweep("run", str(QUICKSTART), *as_it_ran, "--home", str(published.root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "study quickstart is complete: nothing to do" in done.stdout
+    assert "study quickstart is complete: nothing to train" in done.stdout
     (warning,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert "has lost registered model my topics of trial 7" in warning
     assert "`sweep export quickstart --trial 7 --to DIR --register 'my topics'` registers it again" in warning

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from transformers import (
     BertConfig,
     BertModel,
@@ -135,6 +136,26 @@ def test_pack_that_would_not_fit_into_free_memory_is_not_tried(tmp_path: Path, m
     monkeypatch.setattr(calibration, "free_bytes", lambda: 0)
     sizes = {f["pack_size"] for f in prepare(study.setup(str(tmp_path)), arms).calibration}
     assert sizes == {1}
+
+
+@pytest.mark.parametrize(
+    ("has", "precisions"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, {"float32"}),
+        ({"architecture": "x86_64", "avx512_bf16": True}, {"float32", "bfloat16"}),
+        ({"architecture": "x86_64", "amx_bf16": True}, {"float32", "bfloat16"}),
+        ({"architecture": "aarch64"}, {"float32", "bfloat16"}),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what the CPU has does not matter beside a GPU")
+def test_bfloat16_is_not_timed_where_a_cpu_is_known_to_lack_it(
+    has: dict[str, Any], precisions: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    study = quickstart(*small_model(tmp_path / "bert", config, BertModel), "train.precision=auto").study
+    arms = tuple(arm for arm in study.list_arms() if not arm.is_full)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert {f["precision"] for f in prepare(study.setup(str(tmp_path)), arms).calibration} == precisions
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:

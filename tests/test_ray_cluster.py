@@ -146,7 +146,11 @@ def test_nodes_without_this_lora_sweep_are_told_of_before_patience_is_lost(
         r"token of this command; then run the same command again"
     )
     assert re.fullmatch(expected, said.splitlines()[1]), said
+    good = nodes.add(1, gpus=1)
+    said = driver(nodes.address, '{"gpus": 1.0}', cwd=tmp_path, **clusters.JOINED)
+    assert re.fullmatch(rf"1 worker on 1 Ray node; none on \S+ \({why[theirs]}\)\n0\n", said), said
     nodes.kill(node)
+    nodes.kill(good)
 
 
 @pytest.mark.slow

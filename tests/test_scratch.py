@@ -281,7 +281,7 @@ def test_the_studies_run_small_through_the_command(study: Path, tmp_path: Path) 
     report = (tmp_path / "reports" / name / "report.md").read_text()
     assert "Base model:" in report and "Accuracy" in report and "tokens" not in report.lower()
     again = sweep(*words, "--home", str(tmp_path / "home"), cwd=tmp_path)
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert again.returncode == 0 and "nothing to train" in again.stdout
     merged = sweep(
         *["export", name, "--arm", "full", "--merge", "--to", "m", "--home", str(tmp_path / "home")], cwd=tmp_path
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -203,6 +205,22 @@ def test_at_a_terminal_it_asks(home: Home, monkeypatch: pytest.MonkeyPatch, caps
     assert asked == [("user", {}), ("password", {"hide_input": True, "confirmation_prompt": True})]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: served beyond this machine (0.0.0.0), and not encrypted")
+
+
+def test_what_answers_before_the_server_with_no_http_is_not_taken_for_it() -> None:
+    """As a connection to a port in the range of outgoing ones does that meets itself: its own question comes back."""
+    met = threading.Event()
+
+    def answer(listener: socket.socket) -> None:
+        while True:
+            with listener.accept()[0] as one:
+                one.sendall(one.recv(4096))
+            met.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, subprocess.Popen(["sleep", "3"]) as server:
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        command._wait_until_up(server, Served("127.0.0.1", listener.getsockname()[1]))
+        assert met.is_set() and server.poll() == 0, "it was waited for, until the server ended"
 
 
 def test_the_user_s_own_limits_stand(monkeypatch: pytest.MonkeyPatch) -> None:

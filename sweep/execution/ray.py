@@ -122,10 +122,11 @@ class RayExecutor:
         _take_back_sigterm()
 
     def describe(self) -> str:
-        """What there is, in a line."""
-        ready = [worker for worker in self._workers if worker.ready]
-        nodes = len({worker.node.id for worker in ready})
-        return f"{count(len(ready), 'worker')} on {count(nodes, 'Ray node')}"
+        """What there is, in a line, and which nodes start no worker."""
+        ready, nodes = [worker for worker in self._workers if worker.ready], self._nodes or {}
+        found = f"{count(len(ready), 'worker')} on {count(len({worker.node.id for worker in ready}), 'Ray node')}"
+        troubles = [(nodes[at], trouble) for at, trouble in dict(self._troubles).items() if at in nodes]
+        return "; none on ".join([found, *sorted(f"{node.address} ({why.reason})" for node, why in troubles)])
 
     # What follows runs in the executor's own thread.
 

@@ -79,10 +79,7 @@ def _measure(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[dict
     after the first that does not. Raises the error of a model that trains in no way at all.
     """
     sizes = PACK_SIZES_CUDA if torch.cuda.is_available() else PACK_SIZES_CPU
-    precisions = ["float32", "bfloat16"] if setup.train.precision == "auto" else [setup.train.precision]
-    if setup.quantization is not None and setup.train.precision == "auto":
-        precisions = ["bfloat16"]  # QLoRA's
-    choices = [replace(prepared, precision=p, attention=a) for p in precisions for a in ("sdpa", "eager")]
+    choices = [replace(prepared, precision=p, attention=a) for p in _precisions(setup) for a in ("sdpa", "eager")]
     figures: list[dict[str, Any]] = []
     needed = _bytes_a_trial(setup, prepared, arms)
     affordable = [size for size in FIRST_PACKS if size == 1 or size * needed <= MEMORY_SHARE * free_bytes()]
@@ -109,6 +106,21 @@ def _measure(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> list[dict
         if "failed" in figures[-1]:
             break
     return figures
+
+
+def _precisions(setup: Setup) -> list[str]:
+    if setup.train.precision != "auto":
+        return [setup.train.precision]
+    if setup.quantization is not None:
+        return ["bfloat16"]  # QLoRA's
+    return ["float32"] if _emulates_bfloat16() else ["float32", "bfloat16"]
+
+
+def _emulates_bfloat16() -> bool:
+    """Whether this is a CPU that is known to have no bfloat16: there a step takes several times as long."""
+    has = torch.cpu.get_capabilities()
+    known = not torch.cuda.is_available() and has.get("architecture") == "x86_64"
+    return known and not (has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _bytes_a_trial(setup: Setup, prepared: Prepared, arms: Sequence[Arm]) -> int:

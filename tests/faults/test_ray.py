@@ -150,7 +150,7 @@ def test_without_any_node_the_study_stops_and_goes_on_once_there_is_one(
     assert code == 0, lines
     assert_calm(Home(tmp_path / "home"), calm)
     code, lines = units.finish(units.start(tmp_path, "nowhere:1", 0.0))
-    assert code == 0 and "study fake is complete: nothing to do" in lines, "which takes no cluster"
+    assert code == 0 and "study fake is complete: nothing to train" in lines, "which takes no cluster"
 
 
 @pytest.mark.slow
