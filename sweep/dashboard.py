@@ -72,7 +72,7 @@ def serve(home: Home, study: str | None, served: Served) -> None:
         environment = _environment(home, served, login, private)
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            print("starting MLflow's UI", flush=True)
+            print("starting MLflow's UI", file=sys.stderr, flush=True)
             _wait_until_up(server, served)
             print(f"{dashboard_address(home, served.root(), study)} (Ctrl-C stops it)", flush=True)
             server.wait()
