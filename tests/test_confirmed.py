@@ -89,6 +89,7 @@ def test_only_the_chosen_rate_is_registered_as_recommended(
 ) -> None:
     monkeypatch.setattr(publishing, "register", lambda *asked: "1")
     monkeypatch.setattr(publishing, "check_in_fresh_process", lambda *asked: None)
+    monkeypatch.setattr(publishing, "remember_registered", lambda *asked: None)
     aliases: list[str] = []
     monkeypatch.setattr(publishing, "set_alias", lambda tracking, name, alias, version: aliases.append(alias))
     findings = find(study, record)
