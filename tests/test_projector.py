@@ -20,7 +20,7 @@ from sweep.study.home import Home
 from sweep.study.records import SEARCH
 from sweep.study.schema import Study
 from sweep.tracking.journal import append, read_study_record
-from sweep.tracking.mlflow import Projector, Tracking, find_tracking
+from sweep.tracking.mlflow import Projector, Tracking, find_tracking, project
 
 
 @pytest.fixture
@@ -47,6 +47,16 @@ def test_the_thread_projects_while_the_study_runs_and_at_its_end(
     assert len(held.children) == len(read_study_record(folder).trials)
     assert held.parent.info.status == "FINISHED"
     assert "report/report.html" in held.files
+
+
+def test_a_study_whose_journal_lost_the_line_on_model_and_data_is_projected(home: Home, study: Study) -> None:
+    folder = journals.whole_study(home, study)
+    lines = folder.journal.read_text().splitlines(keepends=True)
+    (line,) = [line for line in lines if '"event": "prepared"' in line]
+    folder.second_journal.write_text(line)
+    folder.journal.write_text("".join(lines).replace(line, ""))
+    project(study, folder, find_tracking(home))
+    assert len(view(find_tracking(home), study).children) == len(read_study_record(folder).trials)
 
 
 def _count_runs(client: mlflow.MlflowClient, study: Study) -> int:

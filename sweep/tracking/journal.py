@@ -261,13 +261,12 @@ def _mend_trial(path: Path, number: int, event: str) -> str:
 
 def _mend_study(path: Path, number: int, event: str) -> str:
     """What to do about a damaged line of a study's journal."""
-    lost = f"it told {FOUND_OUT_AGAIN.get(event)}"
-    second = StudyFolder(path.parent).second_journal
+    told, second = FOUND_OUT_AGAIN.get(event), StudyFolder(path.parent).second_journal
     if event in WRITTEN_TWICE and second.exists():
-        lost = f"it told {WRITTEN_TWICE[event]}, which {second.name} tells too"
-    elif event not in FOUND_OUT_AGAIN:
+        told = f"{WRITTEN_TWICE[event]}, which {second.name} tells too"
+    if told is None:
         return f"restore it from a backup; without one, remove the folder {path.parent} and run the study anew"
-    return f"{lost}; remove that line (sed -i {number}d {path}) and run the study again"
+    return f"it told {told}; remove that line (sed -i {number}d {path}) and run the study again"
 
 
 def _mend_second(path: Path, number: int, event: str) -> str:
