@@ -21,8 +21,8 @@ trials finish, and, where a study trains on, that its loss curves are those of a
 After each test no process that it started may live; left out are PostgreSQL and Ray's daemons, which serve several.
 A rung in training that was not acknowledged yet is trained again, with the same losses: that counts as nothing lost.
 Where a result or a trial is lost the command says why in one line and does not exit 0.
-Which models were registered stands in `mlflow.db` alone and is lost with it, and yet the command exits 0, since nothing
-that was measured is lost: of a damaged file it warns, and one that is gone it makes anew without a word.
+Models that were registered are lost with `mlflow.db`, and yet the command exits 0, since nothing that was measured is
+lost: it warns of a damaged file, and names, once, what `sweep export --register` had put into one that is gone.
 
 This page is written by the run itself:
 `.venv/bin/pytest tests/faults -m "not whole" --fault-table reports/reliability.md`.
