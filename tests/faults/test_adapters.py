@@ -93,5 +93,5 @@ def flipped(content: bytes, at: int) -> bytes:
 
 def publish(study: Study, home: Home) -> Places:
     """As the command does at its end, without MLflow."""
-    projector: Any = SimpleNamespace(finish=lambda *what: "")
+    projector: Any = SimpleNamespace(finish=lambda *what: "", lost_models=list)
     return publishing.publish(study, home.study(study.name), projector, home.cache, print)
