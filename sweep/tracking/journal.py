@@ -6,6 +6,7 @@ the confirm phase; a trial's journal its rungs and its end. How lines are writte
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -262,14 +263,30 @@ def _mend_trial(path: Path, number: int, event: str) -> str:
 def _mend_study(path: Path, number: int, event: str) -> str:
     """What to do about a damaged line of a study's journal."""
     told, second = FOUND_OUT_AGAIN.get(event), StudyFolder(path.parent).second_journal
-    if event in WRITTEN_TWICE and second.exists():
+    if event in WRITTEN_TWICE and _tells(second, event):
         told = f"{WRITTEN_TWICE[event]}, which {second.name} tells too"
-    if told is None:
-        return f"restore it from a backup; without one, remove the folder {path.parent} and run the study anew"
-    return f"it told {told}; remove that line (sed -i {number}d {path}) and run the study again"
+    return f"it told {told}; {_without(path, number)}" if told else _without_a_copy(path)
 
 
 def _mend_second(path: Path, number: int, event: str) -> str:
     """What to do about a damaged line of the second journal."""
     journal = StudyFolder(path.parent).journal
-    return f"{journal.name} tells the same: remove {path} and run the study again"
+    if _tells(journal, event or "prepared"):
+        return f"{journal.name} tells the same; {_without(path, number)}"
+    return _without_a_copy(path)
+
+
+def _tells(journal: Path, event: str) -> bool:
+    """Whether a journal is whole and holds such an event."""
+    try:
+        return any(told["event"] == event for told in read_events(journal))
+    except JournalError:
+        return False
+
+
+def _without(path: Path, number: int) -> str:
+    return f"remove that line (sed -i.bak {number}d {shlex.quote(str(path))}) and run the study again"
+
+
+def _without_a_copy(path: Path) -> str:
+    return f"restore it from a backup; without one, remove the folder {path.parent} and run the study anew"

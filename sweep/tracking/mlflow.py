@@ -229,7 +229,7 @@ def _project(
     moved: Callable[[], None] = lambda: None,
 ) -> View | None:
     events = read_events(folder.journal)
-    if not any(event["event"] == "prepared" for event in [*events, *read_events(folder.second_journal)]):
+    if not events or not any(event["event"] == "prepared" for event in [*events, *read_events(folder.second_journal)]):
         return None  # the question may still be refused and mended, and a param can never change
     with locked(folder.path / "mlflow.lock"):
         view = view or open_view(connect(tracking), study, events[0]["time"], tracking, moved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from hostile_models import Trap
 from sweep.exits import explain
 from sweep.study.home import Home
 from sweep.study.records import Measurement, Unit
-from sweep.tracking.journal import JournalError, StudyRecord, TrialRecord
+from sweep.tracking.journal import JournalError, StudyRecord, TrialRecord, append
 from sweep.training.data import SPLITS, read_cache, write_cache
 from sweep.training.tokens import Split
 
@@ -234,7 +235,7 @@ class TestJournals:
             assert line.startswith(f"{journal}: line {number} is damaged, not what was written: ")
             advice = re.search(r"remove that line \((sed .*)\)", line)
             assert advice is not None, line
-            subprocess.run(advice[1].split(), check=True)
+            subprocess.run(shlex.split(advice[1]), check=True)
             run(home, STUDY)
             check_undisturbed(home, done)
             told = set(events_of(journal)) | {"started", "forecast"}
@@ -245,14 +246,19 @@ class TestJournals:
         journal, second = record.folder.journal, record.folder.second_journal
         flip(second, 40)
         line = damaged(lambda: run(home, STUDY))
-        assert line == f"{second}: line 1 is damaged, not what was written: {journal.name} tells the same: remove " + (
-            f"{second} and run the study again"
+        assert line == f"{second}: line 1 is damaged, not what was written: {journal.name} tells the same; " + (
+            f"remove that line (sed -i.bak 1d {second}) and run the study again"
         )
-        second.unlink()
         inside = journal.read_bytes().index(b'"prepared": {') + 14
         flip(journal, inside)
+        anew = f"without one, remove the folder {journal.parent} and run the study anew"
         line = damaged(lambda: run(home, STUDY))
-        assert line.endswith(f"without one, remove the folder {journal.parent} and run the study anew")
+        assert line.startswith(f"{second}: line 1 ") and line.endswith(anew), "neither line can be believed"
+        second.unlink()
+        line = damaged(lambda: run(home, STUDY))
+        assert line.startswith(f"{journal}: line 2 ") and line.endswith(anew)
+        append(second, "checkpoints", place="")  # it is there, and yet tells nothing of model and data
+        assert damaged(lambda: run(home, STUDY)) == line
         flip(journal, inside)
         run(home, STUDY)
         check_undisturbed(home, done)
