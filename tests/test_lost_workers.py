@@ -125,6 +125,7 @@ def test_a_hung_trial_is_ended_when_its_time_is_over_and_tried_again(tmp_path: P
     assert any("tries again: did nothing for 3 s" in progress.message for progress in heard)
 
 
+@pytest.mark.slow  # as test_hangs has it with the real command
 def test_a_trial_that_hangs_every_time_fails_and_its_siblings_finish(tmp_path: Path, home: Home, done: Home) -> None:
     study = make_study(resources={"workers": 2, "seconds_per_rung": 5})
     with workers(2) as executor:
