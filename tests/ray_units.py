@@ -56,7 +56,7 @@ def wait_in_a_probe(marks: Path) -> None:
 
 
 def fill(count: int) -> None:
-    """Take so many bytes of memory, and keep them."""
+    """Take so many bytes of memory and keep them, if nobody ends this process before."""
     held = []
     for _ in range(count // 2**26):
         held.append(b"x" * 2**26)

@@ -60,9 +60,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Of a node on which a worker did not start, and when to try again."""
+    """Of a node on which a worker did not start, and when to try again. `passes`: it may go away by itself."""
 
     reason: str
+    passes: bool
     times: int
     again: float
 
@@ -198,6 +199,8 @@ class RayExecutor:
         return [node for node in nodes if self._plan is not None and count_workers(self._plan, node)]
 
     def _started(self, worker: Worker, done: Future[str]) -> None:
+        from ray.exceptions import OutOfMemoryError
+
         if worker not in self._workers:
             return
         error, node = done.exception(), worker.node
@@ -206,9 +209,13 @@ class RayExecutor:
             self._troubles.pop(node.id, None)
             self._count_slots()
             return
-        reason = f"{done.result()}, not {code()}" if error is None else last_line(error)
+        short = isinstance(error, OutOfMemoryError)  # of memory that others may give back
+        if error is None:
+            reason = f"{done.result()}, not {code()}"
+        else:
+            reason = "Ray ended it, since its node ran out of memory" if short else last_line(error)
         times = 1 + (self._troubles[node.id].times if node.id in self._troubles else 0)
-        self._troubles[node.id] = Trouble(reason, times, self._now + times)
+        self._troubles[node.id] = Trouble(reason, short, times, self._now + times)
         self._drop(worker)
 
     def _take_in(self, request: bytes, future: Future[Any]) -> None:
@@ -279,22 +286,21 @@ class RayExecutor:
         if any(worker.ready for worker in self._workers):
             self._worker_seen = self._now
             return
-        tried = [self._troubles.get(node.id) for node in self._with_room()]
-        if tried and all(trouble is not None and trouble.times >= STARTS for trouble in tried):
-            reasons = "; ".join(sorted({trouble.reason for trouble in tried if trouble is not None}))
+        troubles = [self._troubles.get(node.id) for node in self._with_room()]
+        hopeless = bool(troubles) and all(t is not None and t.times >= STARTS and not t.passes for t in troubles)
+        reasons = "; ".join(sorted({trouble.reason for trouble in troubles if trouble is not None}))
+        if hopeless:
             needs = f"each needs {code()}, and the token of this command"
-            error = NoWorkers(
-                f"no worker starts on the nodes of the Ray cluster ({reasons}): {needs}; then {RUN_AGAIN}"
-            )
+            why = f"no worker starts on the nodes of the Ray cluster ({reasons}): {needs}; then {RUN_AGAIN}"
+        elif reasons:
+            why = f"no worker started within {self._patience:g} s ({reasons}): put that right and {RUN_AGAIN}"
         else:
-            tried, needs = [], what_a_worker_needs(self._resources)
-            error = NoWorkers(
-                f"no Ray node that offers {needs} came within {self._patience:g} s: start one and {RUN_AGAIN}"
-            )
+            needs = what_a_worker_needs(self._resources)
+            why = f"no Ray node that offers {needs} came within {self._patience:g} s: start one and {RUN_AGAIN}"
         for call in list(self._waiting):
-            if tried or self._now - max(self._worker_seen, call.since) > self._patience:
+            if hopeless or self._now - max(self._worker_seen, call.since) > self._patience:
                 self._waiting.remove(call)
-                call.future.set_exception(error)
+                call.future.set_exception(NoWorkers(why))
 
     def _give_up(self, error: Exception) -> None:
         """End everything, now and from now on, in this error."""

@@ -45,6 +45,21 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @contextmanager
+def gpu_node(nodes: Nodes, **environment: str) -> Iterator[None]:
+    """Workers of other tests do not come to a node with a GPU, and it is gone whatever comes of this one."""
+    node = nodes.add(1, gpus=1, **environment)
+    try:
+        yield
+    finally:
+        nodes.kill(node)
+
+
+def out_of_memory_at(part: float) -> dict[str, str]:
+    """How a node ends workers, where so much of this machine's memory is taken."""
+    return {"RAY_memory_usage_threshold": f"{part:.6f}", "RAY_memory_monitor_refresh_ms": "100"}
+
+
+@contextmanager
 def executor_on(nodes: Nodes, patience: float = 60.0, **asked: Any) -> Iterator[RayExecutor]:
     executor = RayExecutor(Resources(**asked), nodes.address, patience)
     try:
@@ -285,14 +300,13 @@ def test_the_processes_of_a_probe_end_with_their_worker(nodes: Nodes, tmp_path: 
     lost="nothing: that a trial does not fit on the node is a result",
 )
 def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes, calm: Home, tmp_path: Path) -> None:
-    """The node is short of memory once 1.5 GiB more are taken than now, however much the machine has."""
+    """The node is short of memory once a quarter of what is left now is taken: so much is left to tests beside this."""
     home, study = Home(tmp_path / "home"), make_study()
-    memory, room = psutil.virtual_memory(), 3 * 2**29
-    threshold = (memory.total - memory.available + room) / memory.total
-    node = nodes.add(1, gpus=1, RAY_memory_usage_threshold=f"{threshold:.6f}", RAY_memory_monitor_refresh_ms="100")
-    with executor_on(nodes, gpus=1.0) as executor:
-        heard = run(home, study, fake_work(partial(units.train_but_fill, 3 * room, 2)), executor)
-    nodes.kill(node)
+    memory = psutil.virtual_memory()
+    work = fake_work(partial(units.train_but_fill, memory.available * 3 // 4, 2))
+    threshold = 1 - memory.available * 3 / 4 / memory.total
+    with gpu_node(nodes, **out_of_memory_at(threshold)), executor_on(nodes, gpus=1.0) as executor:
+        heard = run(home, study, work, executor)
     why = "Ray ended it, since 127.0.0.1 ran out of memory"
     halved = [p.message for p in heard if "failed together and are tried in halves: " in p.message]
     assert len(halved) >= 2 and all(why in message for message in halved)
@@ -303,6 +317,26 @@ def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes
     assert (heard[-1].infeasible, heard[-1].failed) == (6, 0) and records_of(home, study).finished_at
     others = [{k: v for k, v in found(of, study).items() if not k[0].startswith("r2-")} for of in (home, calm)]
     assert others[0] == others[1]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    case="a Ray node without memory for a worker to start",
+    happens="seen at the executor alone: units wait for it to have some again, or for another node, and end with a "
+    "line that says so where neither comes in time",
+    lost="nothing",
+)
+def test_a_worker_that_finds_no_memory_to_start_is_waited_for(nodes: Nodes) -> None:
+    why = "Ray ended it, since its node ran out of memory"
+    with gpu_node(nodes, **out_of_memory_at(0.001)), executor_on(nodes, 12.0, gpus=1.0) as executor:
+        assert executor.describe() == f"0 workers on 0 Ray nodes; none on 127.0.0.1 ({why})"
+        began = time.monotonic()
+        error = executor.submit(pid).exception(60)
+        assert isinstance(error, NoWorkers) and time.monotonic() - began > 10, error
+        assert str(error) == f"no worker started within 12 s ({why}): put that right and run the same command again"
+        late = executor.submit(pid)
+        with gpu_node(nodes):
+            assert late.result(60)
 
 
 @pytest.mark.fault(
