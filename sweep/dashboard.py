@@ -60,7 +60,8 @@ def serve(home: Home, study: str | None, served: Served) -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background starts commands that ignore it
     if study is not None and not is_tracked(home, study):
-        print(f"study {study} is not in MLflow yet: `sweep run` puts it there; this shows what is", flush=True)
+        missing = f"study {study} is not in MLflow yet: `sweep run` puts it there; this shows what is"
+        print(missing, file=sys.stderr, flush=True)
     if find_tracking(home).uri.startswith(("http://", "https://")):
         print(f"tracking goes to a server with a UI of its own: {dashboard_address(home, served.root(), study)}")
         return

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import journals
 import psutil
@@ -47,7 +48,7 @@ return [...document.querySelectorAll('.parcoords')].map(chart => {
 
 
 @contextmanager
-def dashboard(home: Home, study: str, said_first: str = "") -> Iterator[str]:
+def dashboard(home: Home, study: str, stderr: IO[str] | None = None) -> Iterator[str]:
     """The address that `sweep dashboard` prints. Ctrl-C ends it with code 0 and leaves no process behind.
 
     It is started as a script starts commands in the background: ignoring Ctrl-C.
@@ -55,13 +56,11 @@ def dashboard(home: Home, study: str, said_first: str = "") -> Iterator[str]:
     words = ["dashboard", study, "--home", str(home.root), "--port", str(free_port())]
     program = [Path(sys.executable).with_name("sweep"), *words]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits that
-    command = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    command = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=stderr, text=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert command.stdout is not None
     servers: list[psutil.Process] = []
     try:
-        if said_first:
-            assert command.stdout.readline().strip() == said_first
         said = command.stdout.readline()
         servers = psutil.Process(command.pid).children(recursive=True)
         assert said.startswith("http://127.0.0.1:") and servers
@@ -97,9 +96,10 @@ def test_a_study_that_is_not_tracked_yet_is_said_to_be_so(tmp_path: Path, monkey
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     home, study = Home(tmp_path / "home"), journals.sample_study()
     write_question(study, journals.start_journal(home, study))
-    said = "study topics is not in MLflow yet: `sweep run` puts it there; this shows what is"
-    with dashboard(home, study.name, said) as address:
+    with open(tmp_path / "stderr", "w+") as stderr, dashboard(home, study.name, stderr) as address:
         assert address.endswith("/#/experiments?workflowType=machine_learning")
+        said = "study topics is not in MLflow yet: `sweep run` puts it there; this shows what is"
+        assert said in Path(stderr.name).read_text().splitlines()
 
 
 def look_at_trials(browser: webdriver.Chrome, question: str, record: StudyRecord) -> None:

@@ -59,6 +59,14 @@ def test_a_study_whose_journal_lost_the_line_on_model_and_data_is_projected(home
     assert len(view(find_tracking(home), study).children) == len(read_study_record(folder).trials)
 
 
+def test_of_a_study_whose_journal_is_empty_nothing_is_projected(home: Home, study: Study) -> None:
+    folder = journals.whole_study(home, study)
+    folder.second_journal.write_text(folder.journal.read_text())
+    folder.journal.write_text("")
+    project(study, folder, find_tracking(home))
+    assert mlflow.MlflowClient(find_tracking(home).uri).get_experiment_by_name(study.name) is None
+
+
 def _count_runs(client: mlflow.MlflowClient, study: Study) -> int:
     experiment = client.get_experiment_by_name(study.name)
     return len(client.search_runs([experiment.experiment_id])) if experiment else 0

@@ -35,7 +35,7 @@ MADE_AGAIN = "found by its hash; that trial alone is trained anew to there, the 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
+    return Home(tmp_path / "a home")  # advice is a command that takes spaces too
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ class TestJournals:
         flip(second, 40)
         line = damaged(lambda: run(home, STUDY))
         assert line == f"{second}: line 1 is damaged, not what was written: {journal.name} tells the same; " + (
-            f"remove that line (sed -i.bak 1d {second}) and run the study again"
+            f"remove that line (sed -i.bak 1d '{second}') and run the study again"
         )
         inside = journal.read_bytes().index(b'"prepared": {') + 14
         flip(journal, inside)
