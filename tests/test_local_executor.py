@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import worker_units as units
-from worker_units import is_alive, parent_of, wait_for, workers
+from worker_units import is_alive, is_stopped, parent_of, wait_for, workers
 
 from sweep.execution.local import SPAWN, LocalExecutor, _serve
 from sweep.study.errors import (
@@ -247,6 +247,8 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_no_child_of_one(tmp_path: 
         pids = [int(path.name) for path in tmp_path.iterdir()]
         for pid in pids if stands_still else []:
             os.kill(pid, signal.SIGSTOP)
+        if stands_still:  # one that is only told to stop when the driver ends is not woken: it stops after that
+            wait_for(lambda: all(map(is_stopped, pids)), "their standing still")
     finally:
         driver.kill()
         driver.wait()

@@ -146,6 +146,12 @@ def is_alive(number: int) -> bool:
         return False
 
 
+def is_stopped(number: int) -> bool:
+    """Whether every thread of a process stands still: a signal to stop takes its time on a busy machine."""
+    threads = Path(f"/proc/{number}/task").glob("*/stat")
+    return all(stat.read_text().rsplit(")", 1)[1].split()[0] == "T" for stat in threads)
+
+
 def parent_of(number: int) -> int | None:
     try:
         return int(Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[1])
