@@ -9,7 +9,7 @@ import pytest
 from sweep.study.arms import full_arm
 from sweep.study.home import Home
 from sweep.study.records import SEARCH, TrialSpec, to_json
-from sweep.tracking.journal import append, append_asked, append_end, read_events, read_study_record
+from sweep.tracking.journal import append, append_asked, append_end, append_twice, read_events, read_study_record
 from sweep.tracking.lines import as_line
 
 
@@ -30,6 +30,27 @@ def test_damaged_line_inside_is_an_error_that_names_it(tmp_path: Path) -> None:
     append(path, "two")
     with pytest.raises(ValueError, match="line 2 is damaged"):
         read_events(path)
+
+
+def test_where_checkpoints_lie_is_known_though_either_journal_lost_the_latest_line(tmp_path: Path) -> None:
+    folder = Home(tmp_path).study("x")
+    for place in "ab":
+        append_twice(folder, "checkpoints", place=place)
+    for journal in (folder.journal, folder.second_journal):
+        whole = journal.read_bytes()
+        journal.write_bytes(whole.splitlines(keepends=True)[0])
+        assert read_study_record(folder).place == "b"
+        journal.write_bytes(whole)
+
+
+def test_a_damaged_line_that_the_other_journal_never_got_is_not_said_to_be_told_there(tmp_path: Path) -> None:
+    """Killed between the two; that the second tells of an older place does not help."""
+    folder = Home(tmp_path).study("x")
+    append_twice(folder, "checkpoints", place="/old")
+    append(folder.journal, "checkpoints", place="/new")
+    folder.journal.write_bytes(folder.journal.read_bytes().replace(b"/new", b"/nex"))
+    with pytest.raises(ValueError, match=r"line 2 is damaged, not what was written: restore it from a backup; "):
+        read_study_record(folder)
 
 
 def test_interrupted_session_lasts_until_the_last_thing_its_trials_told(tmp_path: Path) -> None:

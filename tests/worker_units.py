@@ -148,8 +148,11 @@ def is_alive(number: int) -> bool:
 
 def is_stopped(number: int) -> bool:
     """Whether every thread of a process stands still: a signal to stop takes its time on a busy machine."""
-    threads = Path(f"/proc/{number}/task").glob("*/stat")
-    return all(stat.read_text().rsplit(")", 1)[1].split()[0] == "T" for stat in threads)
+    try:
+        threads = list(Path(f"/proc/{number}/task").iterdir())
+        return all((thread / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for thread in threads)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def parent_of(number: int) -> int | None:

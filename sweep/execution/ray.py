@@ -36,7 +36,7 @@ from sweep.study.schema import Resources
 SECONDS_TO_START = 30.0  # that the first workers are waited for
 SECONDS_WITHOUT_HEAD = 30.0  # Ray itself ends this process after 60, without a word
 LOOK_EVERY = 1.0
-STARTS = 3  # that fail on a node before nothing more is expected of it
+STARTS = 3  # that fail on a node, but for want of memory, before nothing more is expected of it
 RUN_AGAIN = "run the same command again"
 
 
@@ -60,11 +60,11 @@ class Worker:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Of a node on which a worker did not start, and when to try again. `passes`: it may go away by itself."""
+    """Of a node on which no worker has started yet, for all the tries. `failures`: those that had no want of memory."""
 
     reason: str
-    passes: bool
-    times: int
+    tries: int
+    failures: int
     again: float
 
 
@@ -209,13 +209,14 @@ class RayExecutor:
             self._troubles.pop(node.id, None)
             self._count_slots()
             return
-        short = isinstance(error, OutOfMemoryError)  # of memory that others may give back
-        if error is None:
-            reason = f"{done.result()}, not {code()}"
+        before = self._troubles.get(node.id, Trouble("", 0, 0, 0.0))
+        tries, failures = before.tries + 1, before.failures
+        if isinstance(error, OutOfMemoryError):  # others may give some back
+            reason = "Ray ended it, since its node ran out of memory"
         else:
-            reason = "Ray ended it, since its node ran out of memory" if short else last_line(error)
-        times = 1 + (self._troubles[node.id].times if node.id in self._troubles else 0)
-        self._troubles[node.id] = Trouble(reason, short, times, self._now + times)
+            reason = last_line(error) if error is not None else f"{done.result()}, not {code()}"
+            failures += 1
+        self._troubles[node.id] = Trouble(reason, tries, failures, self._now + tries)
         self._drop(worker)
 
     def _take_in(self, request: bytes, future: Future[Any]) -> None:
@@ -287,7 +288,7 @@ class RayExecutor:
             self._worker_seen = self._now
             return
         troubles = [self._troubles.get(node.id) for node in self._with_room()]
-        hopeless = bool(troubles) and all(t is not None and t.times >= STARTS and not t.passes for t in troubles)
+        hopeless = bool(troubles) and all(t is not None and t.failures >= STARTS for t in troubles)
         reasons = "; ".join(sorted({trouble.reason for trouble in troubles if trouble is not None}))
         if hopeless:
             needs = f"each needs {code()}, and the token of this command"

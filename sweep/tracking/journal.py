@@ -31,7 +31,7 @@ from sweep.study.records import (
     to_json,
     trial_from_json,
 )
-from sweep.tracking.lines import JournalError, append, read_events
+from sweep.tracking.lines import JournalError, append, read_events, readable_events
 
 __all__ = ["JournalError", "Rung", "StudyRecord", "TrialRecord", "append", "read_events", "read_study_record"]
 
@@ -131,9 +131,8 @@ class StudyRecord:
 
 
 def append_twice(folder: StudyFolder, event: str, **fields: Any) -> None:
-    """One of WRITTEN_TWICE. The journal comes first: it tells of all that the other does."""
-    append(folder.journal, event, **fields)
-    append(folder.second_journal, event, **fields)
+    """One of WRITTEN_TWICE."""
+    append(folder.journal, event, folder.second_journal, **fields)
 
 
 def append_asked(spec: TrialSpec) -> None:
@@ -194,19 +193,18 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
     finished_at: float | None = None
     sessions: list[tuple[float, float]] = []
     provenance: list[dict[str, Any]] = []
-    for event in read_events(folder.second_journal, _mend_second):
+    second = read_events(folder.second_journal, _mend_second)
+    events = read_events(folder.journal, _mend_study)
+    for event in sorted([*second, *events], key=lambda event: event["time"]):  # either may have lost one to damage
         if event["event"] == "prepared":
             prepared = prepared_from_json(event["prepared"])
-        else:
+        elif event["event"] == "checkpoints":
             place = event["place"]
-    events = read_events(folder.journal, _mend_study)
     for event in events:
         kind = event["event"]
         if kind == "started":
             sessions.append((event["time"], event["time"]))
             provenance.append({name: value for name, value in event.items() if name not in ("event", "time")})
-        elif kind == "prepared":
-            prepared = prepared_from_json(event["prepared"])
         elif kind == "forecast":
             forecast = forecast_from_json(event["forecast"])
         elif kind == "cost":
@@ -216,8 +214,6 @@ def read_study_record(folder: StudyFolder) -> StudyRecord:
             finalists = tuple((arm, rate) for arm, rate in event["finalists"])
         elif kind == "warning":
             warnings.append(event["message"])
-        elif kind == "checkpoints":
-            place = event["place"]
         elif kind == "finished":
             finished_at = event["time"]
         if sessions:
@@ -261,27 +257,34 @@ def _mend_trial(path: Path, number: int, event: str) -> str:
 
 
 def _mend_study(path: Path, number: int, event: str) -> str:
-    """What to do about a damaged line of a study's journal."""
-    told, second = FOUND_OUT_AGAIN.get(event), StudyFolder(path.parent).second_journal
-    if event in WRITTEN_TWICE and _tells(second, event):
+    """What to do about a damaged line of a study's journal. Its event may be damaged too: then it is none of ours."""
+    second = StudyFolder(path.parent).second_journal
+    missing = _told_only_by(second, path)
+    told = FOUND_OUT_AGAIN.get(event)
+    if event in missing:
         told = f"{WRITTEN_TWICE[event]}, which {second.name} tells too"
+    elif not told and event not in WRITTEN_TWICE and "prepared" in missing | _told_by(path):
+        told = f"what is found out again, or {second.name} tells too"
     return f"it told {told}; {_without(path, number)}" if told else _without_a_copy(path)
 
 
 def _mend_second(path: Path, number: int, event: str) -> str:
     """What to do about a damaged line of the second journal."""
     journal = StudyFolder(path.parent).journal
-    if _tells(journal, event or "prepared"):
+    missing = _told_only_by(journal, path) & set(WRITTEN_TWICE)
+    if event in missing or (missing and event not in WRITTEN_TWICE):
         return f"{journal.name} tells the same; {_without(path, number)}"
     return _without_a_copy(path)
 
 
-def _tells(journal: Path, event: str) -> bool:
-    """Whether a journal is whole and holds such an event."""
-    try:
-        return any(told["event"] == event for told in read_events(journal))
-    except JournalError:
-        return False
+def _told_by(journal: Path) -> set[str]:
+    return {told["event"] for told in readable_events(journal)}
+
+
+def _told_only_by(journal: Path, other: Path) -> set[str]:
+    """The kinds of events of which one journal tells one that the other does not: a line of that was damaged there."""
+    there = readable_events(other)
+    return {told["event"] for told in readable_events(journal) if told not in there}
 
 
 def _without(path: Path, number: int) -> str:

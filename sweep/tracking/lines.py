@@ -25,25 +25,30 @@ class JournalError(ValueError):
     """A journal is damaged: one line that names file and line, and says what to do."""
 
 
-def append(path: Path, event: str, **values: Any) -> float:
-    """Write one event and wait until it is on the disk; returns its time.
+def append(path: Path, event: str, *copies: Path, **values: Any) -> float:
+    """Write one event and wait until it is on the disk; returns its time. copies: journals that get the same line then.
 
     Raises OSError when it cannot be written (disk full, read-only).
     """
     at = now()
+    for journal in (path, *copies):
+        _append(journal, as_line({"event": event, "time": at, **values}))
+    return at
+
+
+def _append(path: Path, line: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "ab+", buffering=0) as file:
             is_new = file.seek(0, os.SEEK_END) == 0
             _cut_torn_line(path, file)
-            _write(file, as_line({"event": event, "time": at, **values}))
+            _write(file, line)
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     if is_new:
         for folder in (path.parent, path.parent.parent):
             _sync_folder(folder)
-    return at
 
 
 def as_line(event: dict[str, Any]) -> bytes:
@@ -59,14 +64,8 @@ def read_events(
 
     Raises JournalError where a line is not what was written. mend: says what to do then.
     """
-    try:
-        *lines, torn = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    if _lost_its_end(torn):
-        lines.append(torn)
     events = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         event = _read(line)
         if event is None:
             kind = _EVENT.match(line)
@@ -74,6 +73,20 @@ def read_events(
             raise JournalError(f"{path}: line {number} is damaged, not what was written: {what_to_do}")
         events.append(event)
     return events
+
+
+def readable_events(path: Path) -> list[dict[str, Any]]:
+    """Those of the lines that are what was written, whatever became of the others."""
+    return [event for line in _lines(path) if (event := _read(line)) is not None]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """All that were acknowledged, without their ends."""
+    try:
+        *lines, torn = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [*lines, torn] if _lost_its_end(torn) else lines
 
 
 def _read(line: bytes) -> dict[str, Any] | None:

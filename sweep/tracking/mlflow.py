@@ -19,7 +19,7 @@ from sweep.study.schema import Study
 from sweep.tracking import saved_view
 from sweep.tracking.connection import Tracking, connect, find_tracking, is_database, locked, without_credentials
 from sweep.tracking.entities import WORKFLOW
-from sweep.tracking.journal import read_events
+from sweep.tracking.journal import JournalError, read_events
 from sweep.tracking.models import adapter_sha, create_version, log_model
 from sweep.tracking.registered import forget_lost
 from sweep.tracking.view import Outcome, View, find_children, open_view, update
@@ -64,10 +64,11 @@ def register(
     """Put an exported adapter into MLflow's registry; returns the version, a new one unless it is there already.
 
     It becomes a logged model of its trial's run, or of the parent run where `trial` is None. Raises whatever MLflow
-    raises.
+    raises, and JournalError where the study's journal is empty.
     """
     view = _project(None, study, folder, tracking, Outcome())
-    assert view is not None  # what was exported was prepared
+    if view is None:  # what was exported was prepared
+        raise JournalError(f"{folder.journal} is empty: restore it from a backup")
     run_id = view.parent_id if trial is None else find_children(view)[trial].run_id
     model_id = log_model(view.client, view.experiment_id, run_id, adapter)
     return create_version(view.client, model_id, adapter_sha(adapter), name, description)

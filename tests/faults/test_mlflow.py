@@ -198,8 +198,7 @@ def test_a_damaged_database(home: Home, done: Home, new_database: Path, damage: 
 
 @pytest.mark.fault(
     case="mlflow.db removed, while a study runs or later",
-    happens="it is made anew from the journals, without a warning but of models that sweep export --register had put "
-    "into it",
+    happens="it is made anew from the journals",
     lost=REGISTRY,
 )
 @pytest.mark.slow

@@ -28,7 +28,6 @@ from worker_units import is_alive, pid, wait_for
 from sweep.execution.ray import SECONDS_WITHOUT_HEAD, RayExecutor
 from sweep.study.errors import NoWorkers, WorkerLost
 from sweep.study.home import Home
-from sweep.study.records import INFEASIBLE
 from sweep.study.schema import Resources
 
 
@@ -42,21 +41,6 @@ def nodes() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return undisturbed(tmp_path_factory.mktemp("calm"))
-
-
-@contextmanager
-def gpu_node(nodes: Nodes, **environment: str) -> Iterator[None]:
-    """Workers of other tests do not come to a node with a GPU, and it is gone whatever comes of this one."""
-    node = nodes.add(1, gpus=1, **environment)
-    try:
-        yield
-    finally:
-        nodes.kill(node)
-
-
-def out_of_memory_at(part: float) -> dict[str, str]:
-    """How a node ends workers, where so much of this machine's memory is taken."""
-    return {"RAY_memory_usage_threshold": f"{part:.6f}", "RAY_memory_monitor_refresh_ms": "100"}
 
 
 @contextmanager
@@ -290,53 +274,6 @@ def test_the_processes_of_a_probe_end_with_their_worker(nodes: Nodes, tmp_path: 
         for process in family:
             wait_for(lambda process=process: not is_alive(process.pid), "the end of a probe")
         assert executor.submit(pid).result(60) != worker.pid
-
-
-@pytest.mark.slow
-@pytest.mark.fault(
-    case="a Ray node that runs out of memory",
-    happens="Ray ends its worker, and that counts as out of memory: the pack is tried in halves, then a trial alone, "
-    "which tells for all that cost the same; the others finish",
-    lost="nothing: that a trial does not fit on the node is a result",
-)
-def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(nodes: Nodes, calm: Home, tmp_path: Path) -> None:
-    """The node is short of memory once a quarter of what is left now is taken: so much is left to tests beside this."""
-    home, study = Home(tmp_path / "home"), make_study()
-    memory = psutil.virtual_memory()
-    work = fake_work(partial(units.train_but_fill, memory.available * 3 // 4, 2))
-    threshold = 1 - memory.available * 3 / 4 / memory.total
-    with gpu_node(nodes, **out_of_memory_at(threshold)), executor_on(nodes, gpus=1.0) as executor:
-        heard = run(home, study, work, executor)
-    why = "Ray ended it, since 127.0.0.1 ran out of memory"
-    halved = [p.message for p in heard if "failed together and are tried in halves: " in p.message]
-    assert len(halved) >= 2 and all(why in message for message in halved)
-    small = [trial for trial in records_of(home, study).trials if trial.spec.arm.r == 2]
-    assert len(small) == 6 and {trial.state for trial in small} == {INFEASIBLE}
-    reasons = [trial.reason for trial in small if "as trial" not in trial.reason]
-    assert reasons == [f"does not fit on this device (MemoryError: {why})"]
-    assert (heard[-1].infeasible, heard[-1].failed) == (6, 0) and records_of(home, study).finished_at
-    others = [{k: v for k, v in found(of, study).items() if not k[0].startswith("r2-")} for of in (home, calm)]
-    assert others[0] == others[1]
-
-
-@pytest.mark.slow
-@pytest.mark.fault(
-    case="a Ray node without memory for a worker to start",
-    happens="seen at the executor alone: units wait for it to have some again, or for another node, and end with a "
-    "line that says so where neither comes in time",
-    lost="nothing",
-)
-def test_a_worker_that_finds_no_memory_to_start_is_waited_for(nodes: Nodes) -> None:
-    why = "Ray ended it, since its node ran out of memory"
-    with gpu_node(nodes, **out_of_memory_at(0.001)), executor_on(nodes, 12.0, gpus=1.0) as executor:
-        assert executor.describe() == f"0 workers on 0 Ray nodes; none on 127.0.0.1 ({why})"
-        began = time.monotonic()
-        error = executor.submit(pid).exception(60)
-        assert isinstance(error, NoWorkers) and time.monotonic() - began > 10, error
-        assert str(error) == f"no worker started within 12 s ({why}): put that right and run the same command again"
-        late = executor.submit(pid)
-        with gpu_node(nodes):
-            assert late.result(60)
 
 
 @pytest.mark.fault(

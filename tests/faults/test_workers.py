@@ -228,7 +228,7 @@ def test_a_killed_driver_leaves_no_process_behind(
         assert soak.driver is not None
         soak.driver.kill()
         soak.driver.wait(20)
-        wait_for(lambda: not soak.survivors(), "the end of all that it started", 30)
+        wait_for(lambda: not soak.survivors(), "the end of all that it started", 10)
     go_on(tmp_path, tiny, calm, *executor)
 
 
@@ -257,10 +257,10 @@ def test_an_interrupt_ends_command_and_workers_within_seconds(
         os.killpg(soak.driver.pid, number)
         code = soak.driver.wait(60)
         took = time.monotonic() - began
-        wait_for(lambda: not soak.survivors(), "the end of all that it started", 30)
+        wait_for(lambda: not soak.survivors(), "the end of all that it started", 10)
         log = soak.log.read_text()
         assert code == 130, log
-        assert took < 30, f"{took} s"  # of which five may go to what is tracked
+        assert took < 15, f"{took} s"  # of which five may go to what is tracked
         assert "\nstopping\n" in log  # at once, before what takes seconds
         assert log.endswith("interrupted; the state is saved, and the same command goes on from there\n"), log
         assert "Traceback" not in log and "Warning" not in log, log
