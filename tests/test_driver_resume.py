@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -19,13 +18,12 @@ from driving import Killed, journal_view, optuna_view, records_of, run, trials_o
 from fakes import fake_work, make_study, train_rung
 from optuna.trial import TrialState
 
-import sweep.driver.driver as driver_module
-import sweep.tracking.journal as journal_module
-from sweep.driver import beginning, session
+from sweep.driver import beginning
 from sweep.driver.driver import StorageError
 from sweep.study.home import Home, StudyFolder
 from sweep.study.records import COMPLETE, PRUNED, Measurement, Unit
 from sweep.study.schema import Study
+from sweep.tracking import lines
 
 
 @pytest.fixture
@@ -74,18 +72,17 @@ def run_with_kill(
 
             patch.setattr(owner, name, guarded)
 
-        def append(path: Path, event: str, **values: Any) -> None:
+        def append(path: Path, line: bytes) -> None:
             if switch.reached():
                 if torn:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with open(path, "ab") as file:
-                        file.write(json.dumps({"event": event, **values}).encode()[:40])
+                        file.write(line[:40])
                 raise Killed
-            real_append(path, event, **values)
+            real_append(path, line)
 
-        real_append = journal_module.append
-        for module in (journal_module, driver_module, beginning, session):
-            patch.setattr(module, "append", append)
+        real_append = lines._append
+        patch.setattr(lines, "_append", append)
         if not torn:
             for name in (
                 "create_new_trial",

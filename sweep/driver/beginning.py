@@ -19,7 +19,7 @@ from sweep.study.home import StudyFolder
 from sweep.study.records import Setup
 from sweep.study.schema import Study
 from sweep.tracking.clock import begin_session
-from sweep.tracking.journal import StudyRecord, append
+from sweep.tracking.journal import StudyRecord, append, complete_second
 
 
 def begin(
@@ -42,6 +42,7 @@ def begin(
     begin_session(max((last for _, last in known.sessions), default=0.0))
     told = describe_session()
     began = append(folder.journal, "started", **told)
+    complete_second(folder)
     known = settle_place(checkpoints, study, known)
     ledger = open_ledger(study, open_storage(patience), known.started_at or began, patience)
     write_question(study, folder)

@@ -31,7 +31,7 @@ from sweep.study.records import (
     to_json,
     trial_from_json,
 )
-from sweep.tracking.lines import JournalError, append, read_events, readable_events
+from sweep.tracking.lines import JournalError, append, append_copy, read_events, readable_events
 
 __all__ = ["JournalError", "Rung", "StudyRecord", "TrialRecord", "append", "read_events", "read_study_record"]
 
@@ -133,6 +133,14 @@ class StudyRecord:
 def append_twice(folder: StudyFolder, event: str, **fields: Any) -> None:
     """One of WRITTEN_TWICE."""
     append(folder.journal, event, folder.second_journal, **fields)
+
+
+def complete_second(folder: StudyFolder) -> None:
+    """Write what the second journal lacks: a command was killed between the two, or a damaged line was removed."""
+    told = read_events(folder.second_journal)
+    for event in read_events(folder.journal):
+        if event["event"] in WRITTEN_TWICE and event not in told:
+            append_copy(folder.second_journal, event)
 
 
 def append_asked(spec: TrialSpec) -> None:

@@ -36,6 +36,11 @@ def append(path: Path, event: str, *copies: Path, **values: Any) -> float:
     return at
 
 
+def append_copy(path: Path, event: dict[str, Any]) -> None:
+    """Write what another journal told, its time included."""
+    _append(path, as_line(event))
+
+
 def _append(path: Path, line: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
