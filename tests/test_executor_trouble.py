@@ -69,7 +69,7 @@ def test_shutdown_does_not_wait_for_a_unit_whose_thread_never_started(monkeypatc
         executor.submit(units.pid)
     ends = threading.Thread(target=executor.shutdown, daemon=True)
     ends.start()
-    ends.join(30)
+    ends.join(5)
     assert not ends.is_alive()
 
 
@@ -80,7 +80,7 @@ def test_without_a_thread_there_is_no_worker(monkeypatch: pytest.MonkeyPatch) ->
     with workers(1) as executor:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refused)
-            error = executor.submit(units.pid).exception(timeout=30)
+            error = executor.submit(units.pid).exception(timeout=5)
         assert type(error) is NoWorkers and str(error).startswith("no worker can be started: can't start new thread; ")
 
 
@@ -93,7 +93,7 @@ def test_a_unit_can_be_ended_whose_worker_no_signal_ends(tmp_path: Path, monkeyp
             patch.setattr(local, "_kill", lambda worker: None)
             patch.setattr(local, "SECONDS_TO_DIE", 0.2)
             executor.end(future, "did nothing for 9 s")
-            error = future.exception(timeout=60)
+            error = future.exception(timeout=20)
         os.kill(stuck, signal.SIGKILL)
         assert type(error) is WorkerLost and str(error) == "did nothing for 9 s"
         assert executor.submit(units.pid).result() != stuck

@@ -177,7 +177,7 @@ def test_a_unit_that_hangs_can_be_ended(tmp_path: Path, stop: bool) -> None:
         if stop:
             os.kill(pid, signal.SIGSTOP)
         executor.end(hung, "did nothing for 1 s")
-        error = hung.exception(timeout=60)
+        error = hung.exception(timeout=20)
         assert isinstance(error, WorkerLost) and str(error) == "did nothing for 1 s"
         assert not is_alive(pid)
         assert executor.submit(units.pid).result() != pid
@@ -222,8 +222,8 @@ def test_a_worker_takes_its_children_with_it(tmp_path: Path, ends: str) -> None:
             os.kill(next(pid for pid in pids if parent_of(pid) == os.getpid()), signal.SIGKILL)
         else:
             executor.shutdown()
-        assert isinstance(unit.exception(timeout=60), WorkerLost)
-        wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 30)
+        assert isinstance(unit.exception(timeout=20), WorkerLost)
+        wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 5)
 
 
 DRIVER = """
@@ -252,7 +252,7 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_no_child_of_one(tmp_path: 
     finally:
         driver.kill()
         driver.wait()
-    wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 30)
+    wait_for(lambda: not any(map(is_alive, pids)), "the end of both", 10)
 
 
 def test_shutdown_stops_every_worker_at_once(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_server_that_is_down_gives_a_warning_in_time(home: Home, study: Study)
     projector.start()
     began = time.monotonic()
     warning = projector.finish(10)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 11
     assert warning is not None and "hunter2" not in warning and "\n" not in warning
     assert "http://127.0.0.1:" in warning and "the same `sweep run` command" in warning
     assert "(Connection refused)" in warning
@@ -91,7 +91,7 @@ def test_a_server_that_never_answers_gives_a_warning_in_time(home: Home, study: 
         projector.start()
         began = time.monotonic()
         warning = projector.finish(1)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 2
         assert warning is not None and "it took nothing for 1 s" in warning
 
 
@@ -170,5 +170,5 @@ def test_an_interrupt_waits_no_longer_than_it_says_for_what_is_still_sent(
     projector.start()
     began = time.monotonic()
     projector.stop(1)
-    assert time.monotonic() - began < 4  # and not the 6 s that all of it takes
+    assert time.monotonic() - began < 2
     projector.stop(60)

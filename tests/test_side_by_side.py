@@ -174,7 +174,7 @@ def test_a_worker_that_joins_is_used_while_others_train(
 
     def train(unit: Unit) -> tuple[Measurement, ...]:
         if next(first, False):
-            meeting.wait(60)  # BrokenBarrierError where the first one trains alone
+            meeting.wait(10)  # BrokenBarrierError where the first one trains alone
         return train_rung(unit)
 
     with Growing() as executor:

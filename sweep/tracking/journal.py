@@ -132,11 +132,12 @@ class StudyRecord:
 
 def append_twice(folder: StudyFolder, event: str, **fields: Any) -> None:
     """One of WRITTEN_TWICE."""
-    append(folder.journal, event, folder.second_journal, **fields)
+    append(folder.journal, event, **fields)
+    complete_second(folder)
 
 
 def complete_second(folder: StudyFolder) -> None:
-    """Write what the second journal lacks: a command was killed between the two, or a damaged line was removed."""
+    """Write what the second journal lacks: also where a command was killed before it, or a damaged line was removed."""
     told = read_events(folder.second_journal)
     for event in read_events(folder.journal):
         if event["event"] in WRITTEN_TWICE and event not in told:

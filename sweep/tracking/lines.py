@@ -25,14 +25,13 @@ class JournalError(ValueError):
     """A journal is damaged: one line that names file and line, and says what to do."""
 
 
-def append(path: Path, event: str, *copies: Path, **values: Any) -> float:
-    """Write one event and wait until it is on the disk; returns its time. copies: journals that get the same line then.
+def append(path: Path, event: str, **values: Any) -> float:
+    """Write one event and wait until it is on the disk; returns its time.
 
     Raises OSError when it cannot be written (disk full, read-only).
     """
     at = now()
-    for journal in (path, *copies):
-        _append(journal, as_line({"event": event, "time": at, **values}))
+    _append(path, as_line({"event": event, "time": at, **values}))
     return at
 
 

@@ -16,7 +16,7 @@ from soak import alive_with
 
 LONGEST = ("test_workers", "test_twin", "test_real_soak", "test_ray", "test_soak")
 MARK = "FAULT_TEST"  # in the environment of all that a test starts
-SECONDS_TO_END = 30.0
+SECONDS_TO_END = 10.0
 # What serves several tests: servers of a module that a test starts again, and Ray's agents outlive by a minute a node
 # that is killed.
 BY_DESIGN = ("postgres", "/ray/", "ray::")
